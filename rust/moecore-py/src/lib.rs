@@ -1,0 +1,5 @@
+//! `moecore._core`.
+use pyo3::prelude::*;
+
+#[pymodule]
+mod _core {}

@@ -1,0 +1,1 @@
+//! Bytes to [`Header`]: a strict parser of safetensors headers.

@@ -1,0 +1,1 @@
+//! A layout to a memory report.

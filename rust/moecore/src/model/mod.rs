@@ -1,0 +1,1 @@
+//! Tensor names and `config.json` to a layout: layer, expert, role.
