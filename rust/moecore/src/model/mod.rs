@@ -1,1 +1,26 @@
-//! Tensor names and `config.json` to a layout: layer, expert, role.
+//! Tensor names and `config.json` to a [`ModelLayout`]: which tensor is what, and where the experts are.
+//!
+//! ```text
+//! headers -> Inventory (patterns, shapes, 20 bytes a tensor)
+//!              |  packing: companions -> logical parameters
+//!              |  roles:   pattern    -> role, layer, expert
+//!              v
+//!          ModelLayout (groups, expert blocks)      config.json -> CachePlan (what each layer keeps of the past)
+//! ```
+//!
+//! Families are data: word lists in [`roles`], key lists in [`config`], rows in [`families`].
+
+pub mod attention;
+pub mod config;
+pub mod families;
+pub mod inventory;
+pub mod layout;
+pub mod names;
+pub mod packing;
+pub mod roles;
+
+pub use attention::CachePlan;
+pub use config::Config;
+pub use inventory::Inventory;
+pub use layout::{ExpertBlock, ModelLayout, TensorGroup};
+pub use roles::Role;

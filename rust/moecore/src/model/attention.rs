@@ -1,0 +1,425 @@
+//! `config.json` to what each layer keeps of the past: keys and values, latents, recurrent states.
+//!
+//! Only evidence counts. A layer whose cache no rule knows is [`LayerCache::unknown`], and the report says so.
+
+use crate::model::config::Config;
+use crate::model::families::{self, Sliding};
+
+/// How many tokens of the past a layer keeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// All of them.
+    Full,
+    /// The last `n`.
+    Window(u64),
+    /// Those of the current chunk of `n`.
+    Chunk(u64),
+    /// The config has a window of `n`, but nothing says whether this layer uses it.
+    WindowOrFull(u64),
+    /// The encoder's tokens, as many as there are (cross-attention).
+    Encoder,
+}
+
+/// What grows with the tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TokenCache {
+    /// Elements a token: `kv_heads * (key_dim + value_dim)`, or the latent's width.
+    pub elements: u64,
+    /// For a latent (MLA): the rotary part of `elements`, which fp8 formats keep in 16 bits.
+    pub latent_rope: Option<u64>,
+    /// Width of the sparse-attention indexer's key; 0 without one.
+    pub indexer: u64,
+    /// How many tokens are kept.
+    pub limit: Limit,
+}
+
+/// Number format of a recurrent state.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StateDtype {
+    /// 32-bit floats.
+    F32,
+    /// The model's dtype.
+    Model,
+}
+
+/// What does not grow with the tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct State {
+    /// Elements of the recurrent state.
+    pub recurrent: u64,
+    /// Its number format.
+    pub dtype: StateDtype,
+    /// Elements of the convolution state, kept in the model's dtype.
+    pub conv: u64,
+}
+
+/// What one layer keeps for one sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerCache {
+    /// Name of the mechanism, for reports.
+    pub kind: &'static str,
+    /// The growing part.
+    pub tokens: Option<TokenCache>,
+    /// The fixed part.
+    pub state: Option<State>,
+    /// Why the layer's cache is not known.
+    pub unknown: Option<String>,
+}
+
+impl LayerCache {
+    fn none(kind: &'static str) -> Self {
+        Self { kind, tokens: None, state: None, unknown: None }
+    }
+
+    fn unknown(reason: impl Into<String>) -> Self {
+        Self { unknown: Some(reason.into()), ..Self::none("unknown") }
+    }
+}
+
+/// What all layers keep.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CachePlan {
+    /// One entry a cache, in layer order.
+    pub layers: Vec<LayerCache>,
+    /// Why nothing at all is known.
+    pub unknown: Option<String>,
+}
+
+impl CachePlan {
+    fn unknown(reason: impl Into<String>) -> Self {
+        Self { layers: Vec::new(), unknown: Some(reason.into()) }
+    }
+
+    /// Reads the plan from a config.
+    #[must_use]
+    pub fn new(config: &Config) -> Self {
+        let Some(model_type) = config.text_model_type().or_else(|| config.model_type()) else {
+            return Self::unknown("config.json has no model_type");
+        };
+        let Some(family) = families::find(config) else {
+            return Self::unknown(format!(
+                "no cache rule for model_type `{model_type}`; weights are exact all the same"
+            ));
+        };
+        if let Some(reason) = family.no_formula {
+            return Self::unknown(format!("{model_type}: {reason}"));
+        }
+        let config = &config.clone().with_defaults(family.defaults);
+        if family.encoder_decoder {
+            return encoder_decoder(config);
+        }
+        let Some(layers) = config.layers().and_then(|layers| usize::try_from(layers).ok()).filter(|&n| n <= 4096)
+        else {
+            return Self::unknown("config.json has no usable num_hidden_layers");
+        };
+        let kinds = match kinds(config, family.sliding, layers) {
+            Ok(kinds) => kinds,
+            Err(reason) => return Self::unknown(reason),
+        };
+        let mut plan: Vec<LayerCache> = kinds
+            .iter()
+            .enumerate()
+            .flat_map(|(at, kind)| vec![layer(config, kind, at); family.caches_per_layer])
+            .collect();
+        share(config, &kinds, &mut plan);
+        Self { layers: plan, unknown: None }
+    }
+}
+
+/// How a layer mixes tokens.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum Kind {
+    Full,
+    Sliding,
+    /// Sliding or full: the config has a window and nothing says where.
+    SlidingOrFull,
+    Chunked,
+    Linear,
+    Mamba,
+    Conv,
+    /// Attention and a state-space mixer side by side.
+    Hybrid,
+    None,
+    Unknown(String),
+}
+
+impl Kind {
+    fn parse(name: &str) -> Self {
+        match name {
+            "full_attention" | "attention" | "global_attention" | "global" | "full" => Self::Full,
+            // Sparse attention reads a part of the past but keeps all of it, beside the indexer's keys.
+            "indexed_attention" | "deepseek_sparse_attention" => Self::Full,
+            "sliding_attention" | "local_attention" | "sliding" | "local" => Self::Sliding,
+            "chunked_attention" => Self::Chunked,
+            "linear_attention" => Self::Linear,
+            "mamba" | "mamba2" | "m" => Self::Mamba,
+            "conv" => Self::Conv,
+            "hybrid" => Self::Hybrid,
+            "moe" | "mlp" => Self::None,
+            other => Self::Unknown(format!("no cache rule for layer type `{other}`")),
+        }
+    }
+}
+
+/// What each layer is, by the strongest evidence the config holds.
+fn kinds(config: &Config, sliding: Sliding, layers: usize) -> Result<Vec<Kind>, String> {
+    let from_list = |key: &str, parse: &dyn Fn(&serde_json::Value) -> Kind| -> Option<Result<Vec<Kind>, String>> {
+        let list = config.list(key).filter(|list| !list.is_empty())?;
+        if list.len() < layers {
+            return Some(Err(format!("config.json lists {} {key} for {layers} layers", list.len())));
+        }
+        Some(Ok(list[..layers].iter().map(parse).collect()))
+    };
+    let by_name = |value: &serde_json::Value| value.as_str().map_or(Kind::Unknown("not a name".into()), Kind::parse);
+    let one_or = |one: Kind, other: Kind| {
+        move |value: &serde_json::Value| match value.as_u64() {
+            Some(1) => one.clone(),
+            _ => other.clone(),
+        }
+    };
+
+    for key in ["layer_types", "layers_block_type", "block_types"] {
+        if let Some(kinds) = from_list(key, &by_name) {
+            return kinds;
+        }
+    }
+    if let Some(pattern) = config.text_value("hybrid_override_pattern") {
+        return pattern_letters(pattern, layers);
+    }
+    if let Some(kinds) = from_list("attn_type_list", &one_or(Kind::Full, Kind::Linear)) {
+        return kinds;
+    }
+    if let Some(kinds) = from_list("hybrid_layer_pattern", &one_or(Kind::Sliding, Kind::Full)) {
+        return kinds;
+    }
+    if config.get("linear_attn_config.full_attn_layers").is_some() {
+        return Ok(one_based(config, "linear_attn_config.full_attn_layers", layers, &Kind::Full, &Kind::Linear));
+    }
+    let every = |period: u64, offset: u64, hit: &Kind, miss: &Kind| {
+        let kind = |at: usize| if at as u64 % period == offset { hit.clone() } else { miss.clone() };
+        Ok((0..layers).map(kind).collect())
+    };
+    if let Some(period) = config.int(&["attn_layer_period"]).filter(|&n| n > 0) {
+        return every(period, config.int(&["attn_layer_offset"]).unwrap_or(0), &Kind::Full, &Kind::Mamba);
+    }
+    if let Some(period) = config.int(&["full_attention_interval"]).filter(|&n| n > 0) {
+        return every(period, period - 1, &Kind::Full, &Kind::Linear);
+    }
+    if config.int(&["attention_chunk_size"]).is_some() && sliding == Sliding::Chunked {
+        if let Some(kinds) = from_list("no_rope_layers", &one_or(Kind::Chunked, Kind::Full)) {
+            return kinds;
+        }
+        let period = config.int(&["no_rope_layer_interval"]).filter(|&n| n > 0).unwrap_or(4);
+        return every(period, period - 1, &Kind::Full, &Kind::Chunked);
+    }
+    let Some(_) = config.int(&["sliding_window"]).filter(|&window| window > 0) else {
+        return Ok(vec![Kind::Full; layers]);
+    };
+    match sliding {
+        Sliding::Never | Sliding::Chunked => Ok(vec![Kind::Full; layers]),
+        Sliding::Always => Ok(vec![Kind::Sliding; layers]),
+        Sliding::Unless => Ok(vec![Kind::SlidingOrFull; layers]),
+        Sliding::IfUsed if config.flag("use_sliding_window") == Some(true) => {
+            let from = config.int(&["max_window_layers"]).unwrap_or(0);
+            Ok((0..layers).map(|at| if at as u64 >= from { Kind::Sliding } else { Kind::Full }).collect())
+        }
+        Sliding::IfUsed => Ok(vec![Kind::Full; layers]),
+        Sliding::AllBut(default) => {
+            let period = config.int(&["sliding_window_pattern", "_sliding_window_pattern"]).unwrap_or(default).max(1);
+            every(period, period - 1, &Kind::Full, &Kind::Sliding)
+        }
+    }
+}
+
+/// Nemotron-H: `M` Mamba-2, `*` attention, `E` experts, `-` MLP.
+fn pattern_letters(pattern: &str, layers: usize) -> Result<Vec<Kind>, String> {
+    let kinds: Vec<Kind> = pattern
+        .chars()
+        .map(|letter| match letter {
+            'M' => Kind::Mamba,
+            '*' => Kind::Full,
+            'E' | '-' => Kind::None,
+            other => Kind::Unknown(format!("no cache rule for `{other}` in hybrid_override_pattern")),
+        })
+        .collect();
+    if kinds.len() == layers {
+        Ok(kinds)
+    } else {
+        Err(format!("hybrid_override_pattern has {} letters for {layers} layers", kinds.len()))
+    }
+}
+
+/// Kimi Linear counts its layers from 1.
+fn one_based(config: &Config, key: &str, layers: usize, hit: &Kind, miss: &Kind) -> Vec<Kind> {
+    let listed: Vec<u64> = config.list(key).unwrap_or_default().iter().filter_map(serde_json::Value::as_u64).collect();
+    (1..=layers as u64).map(|at| if listed.contains(&at) { hit.clone() } else { miss.clone() }).collect()
+}
+
+fn layer(config: &Config, kind: &Kind, at: usize) -> LayerCache {
+    let window = config.int(&["sliding_window", "sliding_window_size"]).unwrap_or(0);
+    let result = match kind {
+        Kind::Full => attention(config, at, Limit::Full),
+        Kind::Sliding => attention(config, at, Limit::Window(window)),
+        Kind::SlidingOrFull => attention(config, at, Limit::WindowOrFull(window)),
+        Kind::Chunked => attention(config, at, Limit::Chunk(config.int(&["attention_chunk_size"]).unwrap_or(0))),
+        Kind::Linear => linear(config),
+        Kind::Mamba => mamba(config),
+        Kind::Conv => conv(config),
+        Kind::Hybrid => hybrid(config, at),
+        Kind::None => Ok(LayerCache::none("none")),
+        Kind::Unknown(reason) => Err(reason.clone()),
+    };
+    result.unwrap_or_else(LayerCache::unknown)
+}
+
+type Known = Result<LayerCache, String>;
+
+fn need(config: &Config, keys: &[&str]) -> Result<u64, String> {
+    config.int(keys).ok_or_else(|| format!("config.json has no {}", keys[0]))
+}
+
+fn hidden(config: &Config) -> Result<u64, String> {
+    need(config, &["hidden_size", "d_model", "n_embd"])
+}
+
+fn heads(config: &Config) -> Result<u64, String> {
+    need(config, &["num_attention_heads", "n_heads", "n_head", "num_heads"])
+}
+
+fn attention(config: &Config, at: usize, limit: Limit) -> Known {
+    if let Some(rank) = config.int(&["kv_lora_rank"]) {
+        let rope = need(config, &["qk_rope_head_dim"])?;
+        let indexer = config.int(&["index_head_dim"]).unwrap_or(0);
+        let tokens = TokenCache { elements: rank + rope, latent_rope: Some(rope), indexer, limit };
+        let kind = if indexer > 0 { "mla+indexer" } else { "mla" };
+        return Ok(LayerCache { tokens: Some(tokens), ..LayerCache::none(kind) });
+    }
+    let windowed = matches!(limit, Limit::Window(_));
+    let head_dim = match config.int(&["head_dim", "attention_head_dim", "d_kv", "kv_channels"]) {
+        Some(dim) => dim,
+        None => hidden(config)? / heads(config)?.max(1),
+    };
+    let kv_heads = match config.int_at(
+        &["num_key_value_heads", "attn_config.kv_n_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"],
+        at,
+    ) {
+        Some(count) => count,
+        None if config.flag("multi_query") == Some(true) => 1,
+        None => heads(config)?,
+    };
+    // MiMo keeps other heads in its windowed layers, Gemma-4 in its global ones.
+    let own = |keys: &[&str], general: u64| config.int(keys).unwrap_or(general);
+    let (kv_heads, key_dim, value_dim) = if windowed {
+        let key_dim = own(&["swa_head_dim"], head_dim);
+        let value_dim = own(&["swa_v_head_dim"], own(&["v_head_dim"], key_dim));
+        (own(&["swa_num_key_value_heads"], kv_heads), key_dim, value_dim)
+    } else {
+        let key_dim = own(&["global_head_dim"], head_dim);
+        (own(&["num_global_key_value_heads"], kv_heads), key_dim, own(&["v_head_dim"], key_dim))
+    };
+    let kind = match limit {
+        Limit::Window(_) => "sliding_attention",
+        Limit::Chunk(_) => "chunked_attention",
+        Limit::Encoder => "cross_attention",
+        Limit::Full | Limit::WindowOrFull(_) => "full_attention",
+    };
+    let tokens = TokenCache { elements: kv_heads * (key_dim + value_dim), latent_rope: None, indexer: 0, limit };
+    Ok(LayerCache { tokens: Some(tokens), ..LayerCache::none(kind) })
+}
+
+fn state(kind: &'static str, recurrent: u64, dtype: StateDtype, conv: u64) -> Known {
+    Ok(LayerCache { state: Some(State { recurrent, dtype, conv }), ..LayerCache::none(kind) })
+}
+
+/// The format the config states for recurrent states, else the mechanism's own.
+fn state_dtype(config: &Config, own: StateDtype) -> StateDtype {
+    match config.text_value("mamba_ssm_cache_dtype").or_else(|| config.text_value("mamba_ssm_dtype")) {
+        Some("float32" | "float") => StateDtype::F32,
+        Some("bfloat16" | "float16") => StateDtype::Model,
+        _ => own,
+    }
+}
+
+fn linear(config: &Config) -> Known {
+    if let Some(value_heads) = config.int(&["linear_num_value_heads"]) {
+        // Gated delta rule (Qwen3-Next): state [value_heads, key_dim, value_dim]; the convolution runs over q, k and v.
+        let key_heads = need(config, &["linear_num_key_heads"])?;
+        let (key_dim, value_dim) = (need(config, &["linear_key_head_dim"])?, need(config, &["linear_value_head_dim"])?);
+        let kernel = need(config, &["linear_conv_kernel_dim"])?;
+        let channels = 2 * key_heads * key_dim + value_heads * value_dim;
+        let recurrent = value_heads * key_dim * value_dim;
+        return state("gated_delta", recurrent, state_dtype(config, StateDtype::F32), channels * (kernel.max(1) - 1));
+    }
+    if config.get("linear_attn_config").is_some() {
+        // Kimi delta attention: one square state a head, three convolutions.
+        let heads = need(config, &["linear_attn_config.num_heads"])?;
+        let dim = need(config, &["linear_attn_config.head_dim"])?;
+        let kernel = need(config, &["linear_attn_config.short_conv_kernel_size"])?;
+        let conv = 3 * heads * dim * (kernel.max(1) - 1);
+        return state("kda", heads * dim * dim, state_dtype(config, StateDtype::F32), conv);
+    }
+    if config.text_model_type().is_some_and(|name| name.starts_with("minimax")) {
+        // Lightning attention: one square state a head.
+        let heads = heads(config)?;
+        let dim = config.int(&["head_dim"]).map_or_else(|| Ok(hidden(config)? / heads.max(1)), Ok::<u64, String>)?;
+        return state("lightning", heads * dim * dim, state_dtype(config, StateDtype::Model), 0);
+    }
+    mamba(config).map_err(|_| "no formula for this model's linear attention".to_owned())
+}
+
+fn mamba(config: &Config) -> Known {
+    let kernel = need(config, &["mamba_d_conv", "conv_kernel", "d_conv"])?.max(1);
+    let state_size = need(config, &["ssm_state_size", "mamba_d_state", "state_size"])?;
+    let expand = || config.int(&["mamba_expand", "expand"]).unwrap_or(2);
+    let dtype = state_dtype(config, StateDtype::Model);
+    let Some(heads) = config.int(&["mamba_num_heads", "mamba_n_heads", "n_mamba_heads"]) else {
+        let inner = expand() * hidden(config)?;
+        return state("mamba", inner * state_size, dtype, inner * (kernel - 1));
+    };
+    let head_dim = match config.int(&["mamba_head_dim", "mamba_d_head", "mamba_headdim"]) {
+        Some(dim) => dim,
+        None => expand() * hidden(config)? / heads.max(1),
+    };
+    let groups = config.int(&["n_groups", "mamba_n_groups", "mamba_ngroups"]).unwrap_or(1);
+    let inner = heads * head_dim;
+    state("mamba2", inner * state_size, dtype, (inner + 2 * groups * state_size) * (kernel - 1))
+}
+
+fn conv(config: &Config) -> Known {
+    let width = config.int(&["conv_dim"]).map_or_else(|| hidden(config), Ok)?;
+    let kernel = need(config, &["conv_L_cache", "conv_kernel"])?.max(1);
+    state("short_conv", 0, StateDtype::Model, width * (kernel - 1))
+}
+
+fn hybrid(config: &Config, at: usize) -> Known {
+    let attention = attention(config, at, Limit::Full)?;
+    let mamba = mamba(config)?;
+    Ok(LayerCache { kind: "attention+mamba", tokens: attention.tokens, ..mamba })
+}
+
+/// Layers that read another layer's keys and values keep none of their own.
+fn share(config: &Config, kinds: &[Kind], plan: &mut [LayerCache]) {
+    if let Some(shared) = config.int(&["num_kv_shared_layers"]).and_then(|n| usize::try_from(n).ok()) {
+        let first = plan.len().saturating_sub(shared);
+        plan[first..].fill(LayerCache::none("shared_kv"));
+    }
+    if config.flag("use_cla") == Some(true) {
+        let factor = config.int(&["cla_share_factor"]).and_then(|n| usize::try_from(n).ok()).unwrap_or(1).max(1);
+        for (at, layer) in plan.iter_mut().enumerate().filter(|(at, _)| kinds.get(*at) == Some(&Kind::Full)) {
+            if at % factor != 0 {
+                *layer = LayerCache::none("shared_kv");
+            }
+        }
+    }
+}
+
+/// T5-like models: the decoder keeps its own keys and values and those of the encoder's tokens.
+fn encoder_decoder(config: &Config) -> CachePlan {
+    let Some(layers) = config.int(&["num_decoder_layers", "decoder_layers", "num_layers"]) else {
+        return CachePlan::unknown("config.json has no num_decoder_layers");
+    };
+    let both = attention(config, 0, Limit::Full)
+        .and_then(|own| Ok([own, attention(config, 0, Limit::Encoder)?]))
+        .unwrap_or_else(|reason| [LayerCache::unknown(reason), LayerCache::none("none")]);
+    CachePlan { layers: (0..layers.min(4096)).flat_map(|_| both.clone()).collect(), unknown: None }
+}

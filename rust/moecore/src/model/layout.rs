@@ -1,0 +1,346 @@
+//! An [`Inventory`] and a [`Config`] to groups of like tensors and blocks of experts.
+
+use std::collections::{BTreeMap, HashMap};
+
+use crate::dtype::Dtype;
+use crate::model::config::Config;
+use crate::model::inventory::{Inventory, Row};
+use crate::model::names::Indices;
+use crate::model::packing::{self, Counter};
+use crate::model::roles::{self, Role, Tag};
+
+/// Unrecognised names listed in a report; the rest is counted.
+const UNRECOGNISED_SHOWN: usize = 50;
+
+/// Tensors that share role, name pattern and dtype.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorGroup {
+    /// What they are for.
+    pub role: Role,
+    /// What they are for inside an MTP module or a tower.
+    pub nested: Role,
+    /// Their names, numbers replaced by `{}`.
+    pub pattern: String,
+    /// Element type.
+    pub dtype: Dtype,
+    /// How many they are.
+    pub tensors: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Their stored elements.
+    pub stored: u64,
+    /// Their logical parameters: packed values unpacked, scales and buffers not counted.
+    pub parameters: u64,
+}
+
+/// The routed experts of one layer (or of one block, where a layer has several).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExpertBlock {
+    /// Name of the block, such as `model.layers.3.mlp`.
+    pub name: String,
+    /// The layer's number.
+    pub layer: u16,
+    /// Part of a multi-token-prediction module.
+    pub mtp: bool,
+    /// Bytes and logical parameters of each expert, by its number.
+    pub experts: Vec<ExpertSize>,
+}
+
+/// Size of one expert.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct ExpertSize {
+    /// Bytes, scales and biases included.
+    pub bytes: u64,
+    /// Logical parameters.
+    pub parameters: u64,
+}
+
+/// Which tensor of a checkpoint is what.
+#[derive(Debug, Default)]
+pub struct ModelLayout {
+    /// All tensors, grouped.
+    pub groups: Vec<TensorGroup>,
+    /// Blocks of routed experts, in layer order.
+    pub expert_blocks: Vec<ExpertBlock>,
+    /// Layers that the tensor names show, MTP and towers left out.
+    pub layers: u64,
+    /// Names that no rule knows.
+    pub unrecognised: Vec<String>,
+    /// What does not fit together.
+    pub warnings: Vec<String>,
+}
+
+/// An expert block while it is counted.
+#[derive(Default)]
+struct BlockCount {
+    mtp: bool,
+    layer: u16,
+    numbered: Vec<ExpertSize>,
+    fused: ExpertSize,
+    fused_experts: u64,
+}
+
+/// Pattern of a block and the numbers in it.
+type BlockKey = (String, Indices);
+
+impl ModelLayout {
+    /// Finds the role of every tensor.
+    #[must_use]
+    pub fn new(inventory: &Inventory, config: &Config) -> Self {
+        let packings = packing::patterns(inventory);
+        let mut counter = Counter::new(inventory, &packings, config);
+        let mtp_from = mtp_layers_from(config);
+        let mut tags: HashMap<(u32, usize), Tag> = HashMap::new();
+        let mut groups: BTreeMap<(Role, Role, u32, Dtype), TensorGroup> = BTreeMap::new();
+        let mut blocks: HashMap<BlockKey, BlockCount> = HashMap::new();
+        let mut layers = std::collections::HashSet::new();
+        let mut layout = Self::default();
+        let mut unknown = 0;
+
+        for row in inventory.rows() {
+            let rank = inventory.shape(row).len();
+            let tag = tags
+                .entry((row.pattern, rank))
+                .or_insert_with(|| roles::classify(&packings[row.pattern as usize].stem, rank));
+            let layer = tag.layer.map(|slot| row.indices[slot]);
+            let past_end =
+                tag.role != Role::Vision && layer.zip(mtp_from).is_some_and(|(at, end)| u64::from(at) >= end);
+            let role = if past_end { Role::Mtp } else { tag.role };
+            let (bytes, stored) = (inventory.bytes(row), inventory.elements(row));
+            let parameters = if tag.buffer { 0 } else { counter.logical(row) };
+
+            let group = groups.entry((role, tag.nested, row.pattern, row.dtype)).or_insert_with(|| TensorGroup {
+                role,
+                nested: tag.nested,
+                pattern: inventory.patterns()[row.pattern as usize].clone(),
+                dtype: row.dtype,
+                tensors: 0,
+                bytes: 0,
+                stored: 0,
+                parameters: 0,
+            });
+            group.tensors += 1;
+            group.bytes += bytes;
+            group.stored += stored;
+            group.parameters += parameters;
+
+            if !tag.recognised {
+                unknown += 1;
+                if layout.unrecognised.len() < UNRECOGNISED_SHOWN {
+                    layout.unrecognised.push(inventory.name(row));
+                }
+            }
+            if let Some(layer) = layer.filter(|_| !matches!(role, Role::Mtp | Role::Vision)) {
+                layers.insert((prefix_of(&packings[row.pattern as usize].stem), layer));
+            }
+            if role != Role::Vision && tag.nested == Role::RoutedExpert {
+                let size = ExpertSize { bytes, parameters };
+                count_expert(&mut blocks, inventory, config, tag, row, role == Role::Mtp, size);
+            }
+        }
+
+        if unknown > layout.unrecognised.len() {
+            layout
+                .warnings
+                .push(format!("{unknown} tensor names are unrecognised; the first {UNRECOGNISED_SHOWN} are listed"));
+        }
+        layout.layers = layers.len() as u64;
+        layout.groups = groups.into_values().collect();
+        layout.finish_blocks(blocks);
+        layout.finish_warnings(inventory, config, counter.guessed());
+        layout
+    }
+
+    fn finish_blocks(&mut self, blocks: HashMap<BlockKey, BlockCount>) {
+        for ((pattern, indices), block) in blocks {
+            let name = crate::model::names::expand(&pattern, indices);
+            let mut experts = block.numbered;
+            if block.fused_experts > 0 {
+                let count = block.fused_experts;
+                if !block.fused.bytes.is_multiple_of(count) {
+                    self.warnings.push(format!("{name}: fused expert tensors do not divide by {count} experts"));
+                }
+                let share = ExpertSize { bytes: block.fused.bytes / count, parameters: block.fused.parameters / count };
+                let length = usize::try_from(count).unwrap_or(usize::MAX).max(experts.len());
+                experts.resize(length, ExpertSize::default());
+                for expert in &mut experts {
+                    expert.bytes += share.bytes;
+                    expert.parameters += share.parameters;
+                }
+            }
+            self.expert_blocks.push(ExpertBlock { name, layer: block.layer, mtp: block.mtp, experts });
+        }
+        self.expert_blocks.sort_by(|a, b| (a.mtp, a.layer, &a.name).cmp(&(b.mtp, b.layer, &b.name)));
+    }
+
+    fn finish_warnings(&mut self, inventory: &Inventory, config: &Config, guessed: Vec<String>) {
+        let (shown, count) = inventory.duplicates(3);
+        if count > 0 {
+            let names = shown.join(", ");
+            self.warnings
+                .push(format!("{count} tensor names are in more than one file ({names}); bytes count every copy"));
+        }
+        if let Some(stated) = config.num_experts() {
+            let found = self.main_blocks().map(|block| block.experts.len() as u64).max();
+            if let Some(found) = found.filter(|&found| found != stated && !self.has_expert_groups()) {
+                self.warnings.push(format!("config.json states {stated} experts, the headers hold {found}"));
+            }
+            let holed = self.main_blocks().filter(|block| block.experts.iter().any(|expert| expert.bytes == 0)).count();
+            if holed > 0 {
+                self.warnings.push(format!("{holed} expert blocks miss experts; the checkpoint is incomplete"));
+            }
+        }
+        for stem in guessed.into_iter().take(3) {
+            self.warnings.push(format!("{stem}: bits per parameter are stated nowhere; 4 assumed"));
+        }
+    }
+
+    /// Expert blocks of the model itself, without MTP modules.
+    pub fn main_blocks(&self) -> impl Iterator<Item = &ExpertBlock> {
+        self.expert_blocks.iter().filter(|block| !block.mtp)
+    }
+
+    /// Whether some block holds experts of different sizes (ERNIE-VL: text and vision experts).
+    #[must_use]
+    pub fn has_expert_groups(&self) -> bool {
+        self.main_blocks().any(|block| block.size_groups().len() > 1)
+    }
+
+    /// Sums a figure over the groups that `keep` accepts.
+    pub fn sum(&self, keep: impl Fn(&TensorGroup) -> bool, figure: impl Fn(&TensorGroup) -> u64) -> u64 {
+        self.groups.iter().filter(|group| keep(group)).map(figure).sum()
+    }
+
+    /// The dtype that the model computes in, as its unquantised weights show it: embeddings first, else norms.
+    #[must_use]
+    pub fn unquantised_dtype(&self) -> Option<Dtype> {
+        let largest = |role: Role| {
+            self.groups
+                .iter()
+                .filter(|group| group.role == role && group.dtype.is_float() && group.dtype.bits() >= 16)
+                .max_by_key(|group| group.bytes)
+                .map(|group| group.dtype)
+        };
+        largest(Role::Embedding).or_else(|| largest(Role::Norm)).or_else(|| largest(Role::Attention))
+    }
+}
+
+impl ExpertBlock {
+    /// Runs of experts of equal size, in order: how many, and how large each is.
+    #[must_use]
+    pub fn size_groups(&self) -> Vec<(u64, ExpertSize)> {
+        let mut groups: Vec<(u64, ExpertSize)> = Vec::new();
+        for &expert in &self.experts {
+            match groups.last_mut() {
+                Some((count, size)) if *size == expert => *count += 1,
+                _ => groups.push((1, expert)),
+            }
+        }
+        groups
+    }
+}
+
+/// The first layer number that belongs to MTP: decoder layers past the last one are prediction modules.
+fn mtp_layers_from(config: &Config) -> Option<u64> {
+    if config.flag("is_encoder_decoder") == Some(true) {
+        return None;
+    }
+    config.layers()
+}
+
+/// The part of a pattern before its first number: what tells an encoder's layers from a decoder's.
+fn prefix_of(pattern: &str) -> &str {
+    pattern.split_once("{}").map_or(pattern, |(prefix, _)| prefix)
+}
+
+fn count_expert(
+    blocks: &mut HashMap<BlockKey, BlockCount>,
+    inventory: &Inventory,
+    config: &Config,
+    tag: &Tag,
+    row: &Row,
+    mtp: bool,
+    size: ExpertSize,
+) {
+    let Some(experts) = &tag.experts else { return };
+    let depth = experts.block.matches("{}").count();
+    let mut indices = row.indices;
+    indices.iter_mut().skip(depth).for_each(|index| *index = 0);
+    // The key is looked up once per tensor; the borrowed form would need a second map.
+    let block = blocks.entry((experts.block.clone(), indices)).or_default();
+    block.mtp = mtp;
+    block.layer = tag.layer.map_or(0, |slot| row.indices[slot]);
+    if let Some(slot) = experts.index {
+        let number = usize::from(row.indices[slot]);
+        if block.numbered.len() <= number {
+            block.numbered.resize(number + 1, ExpertSize::default());
+        }
+        block.numbered[number].bytes += size.bytes;
+        block.numbered[number].parameters += size.parameters;
+    } else {
+        block.fused.bytes += size.bytes;
+        block.fused.parameters += size.parameters;
+        block.fused_experts = block.fused_experts.max(fused_experts(inventory.shape(row), config));
+    }
+}
+
+/// Experts in a fused tensor: its first dimension, unless the config's count says that rows of all experts are
+/// stacked there (DBRX: `[experts * intermediate, hidden]`).
+fn fused_experts(shape: &[u64], config: &Config) -> u64 {
+    let first = shape.first().copied().unwrap_or(1);
+    match config.num_experts() {
+        Some(stated) if stated > 0 && (first == stated || (shape.len() == 2 && first.is_multiple_of(stated))) => stated,
+        _ => first,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::names;
+
+    fn layout(tensors: &[(&str, &[u64])], config: &str) -> ModelLayout {
+        let mut inventory = Inventory::default();
+        let mut pattern = String::new();
+        for (name, shape) in tensors {
+            let indices = names::collapse(name, &mut pattern);
+            inventory.add(&pattern, shape, Dtype::BF16, indices);
+        }
+        ModelLayout::new(&inventory, &Config::parse(config.as_bytes(), "config.json").unwrap())
+    }
+
+    #[test]
+    fn layers_past_the_last_are_mtp() {
+        let layout = layout(
+            &[("model.layers.0.mlp.experts.0.w1.weight", &[4]), ("model.layers.1.mlp.experts.0.w1.weight", &[4])],
+            r#"{"num_hidden_layers":1,"num_experts":1}"#,
+        );
+        assert_eq!(layout.layers, 1);
+        let roles: Vec<_> = layout.groups.iter().map(|group| (group.role, group.nested)).collect();
+        assert_eq!(roles, [(Role::RoutedExpert, Role::RoutedExpert), (Role::Mtp, Role::RoutedExpert)]);
+        assert_eq!(layout.main_blocks().count(), 1);
+        assert!(layout.warnings.is_empty(), "{:?}", layout.warnings);
+    }
+
+    #[test]
+    fn stacked_and_fused_experts_are_divided() {
+        let stacked = layout(
+            &[("transformer.blocks.0.ffn.experts.mlp.w1", &[64, 3])],
+            r#"{"n_layers":1,"ffn_config":{"moe_num_experts":16}}"#,
+        );
+        assert_eq!(stacked.expert_blocks[0].size_groups(), [(16, ExpertSize { bytes: 24, parameters: 12 })]);
+        let fused =
+            layout(&[("layers.0.experts.down_proj", &[4, 5, 3]), ("layers.0.experts.b_proj_bias", &[4, 2])], "{}");
+        assert_eq!(fused.expert_blocks[0].size_groups(), [(4, ExpertSize { bytes: 34, parameters: 17 })]);
+    }
+
+    #[test]
+    fn groups_of_experts_and_holes_are_told() {
+        let layout = layout(
+            &[("l.0.experts.0.w", &[4]), ("l.0.experts.1.w", &[4]), ("l.0.experts.3.w", &[2])],
+            r#"{"num_experts":4}"#,
+        );
+        assert_eq!(layout.expert_blocks[0].size_groups().len(), 3);
+        assert!(layout.warnings.iter().any(|warning| warning.contains("miss experts")), "{:?}", layout.warnings);
+    }
+}
