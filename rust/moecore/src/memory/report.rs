@@ -9,6 +9,8 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
+use crate::error::Error;
+use crate::header::Inventory;
 use crate::memory::kv::{self, KvOptions, KvReport};
 use crate::model::attention::CachePlan;
 use crate::model::config::Config;
@@ -119,6 +121,31 @@ pub struct MemoryReport {
 }
 
 impl MemoryReport {
+    /// The report of what was read of a checkpoint: tensors, `config.json`, `hf_quant_config.json`.
+    ///
+    /// A file that cannot be parsed costs what it would have told, not the report; the errors say which.
+    #[must_use]
+    pub fn of(
+        inventory: &Inventory,
+        config: Option<&[u8]>,
+        quant_config: Option<&[u8]>,
+        options: &KvOptions,
+    ) -> (Self, Vec<Error>) {
+        let mut errors = Vec::new();
+        let mut parse = |json: Option<&[u8]>, file: &str| {
+            json.map(|json| Config::parse(json, file)).and_then(|result| result.map_err(|error| errors.push(error)).ok())
+        };
+        let parsed = parse(config, "config.json");
+        let quant_config = parse(quant_config, "hf_quant_config.json");
+        let known = parsed.unwrap_or_else(Config::empty);
+        let layout = ModelLayout::new(inventory, &known);
+        let mut report = Self::new(&layout, &known, quant_config.as_ref().map(Config::root), options);
+        if config.is_none() {
+            report.warnings.push("no config.json: roles are read from names alone, active figures and KV cache are incomplete".into());
+        }
+        (report, errors)
+    }
+
     /// Works out the report. `quant_config` is `hf_quant_config.json`, where the repo has one.
     #[must_use]
     pub fn new(

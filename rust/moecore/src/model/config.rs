@@ -4,9 +4,6 @@ use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Result};
 
-/// Longest `config.json` that is read. Real ones are under 200 kB.
-pub const MAX_CONFIG_LEN: u64 = 8 << 20;
-
 /// Sections that hold the language model of a composite model, outermost first.
 const TEXT_SECTIONS: &[&[&str]] = &[
     &["text_config"],

@@ -4,8 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 
 use crate::dtype::Dtype;
 use crate::model::config::Config;
-use crate::model::inventory::{Inventory, Row};
-use crate::model::names::Indices;
+use crate::header::inventory::{Inventory, Row};
+use crate::header::names::Indices;
 use crate::model::packing::{self, Counter};
 use crate::model::roles::{self, Role, Tag};
 
@@ -153,7 +153,7 @@ impl ModelLayout {
 
     fn finish_blocks(&mut self, blocks: HashMap<BlockKey, BlockCount>) {
         for ((pattern, indices), block) in blocks {
-            let name = crate::model::names::expand(&pattern, indices);
+            let name = crate::header::names::expand(&pattern, indices);
             let mut experts = block.numbered;
             if block.fused_experts > 0 {
                 let count = block.fused_experts;
@@ -297,7 +297,7 @@ fn fused_experts(shape: &[u64], config: &Config) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::names;
+    use crate::header::names;
 
     fn layout(tensors: &[(&str, &[u64])], config: &str) -> ModelLayout {
         let mut inventory = Inventory::default();

@@ -1,7 +1,7 @@
 //! Tensor names and `config.json` to a [`ModelLayout`]: which tensor is what, and where the experts are.
 //!
 //! ```text
-//! headers -> Inventory (patterns, shapes, 20 bytes a tensor)
+//! header::Inventory (patterns, shapes, 20 bytes a tensor)
 //!              |  packing: companions -> logical parameters
 //!              |  roles:   pattern    -> role, layer, expert
 //!              v
@@ -13,14 +13,12 @@
 pub mod attention;
 pub mod config;
 pub mod families;
-pub mod inventory;
 pub mod layout;
-pub mod names;
 pub mod packing;
 pub mod roles;
 
 pub use attention::CachePlan;
 pub use config::Config;
-pub use inventory::Inventory;
+
 pub use layout::{ExpertBlock, ModelLayout, TensorGroup};
 pub use roles::Role;

@@ -7,8 +7,8 @@ use std::collections::HashMap;
 
 use crate::dtype::Dtype;
 use crate::model::config::Config;
-use crate::model::inventory::{Inventory, Row};
-use crate::model::names::Indices;
+use crate::header::inventory::{Inventory, Row};
+use crate::header::names::Indices;
 
 /// Endings of tensors that belong to another tensor and hold no parameters of their own: scales, zero points, maps.
 /// Longer endings come before their own endings.
@@ -231,7 +231,7 @@ fn bits(words: u64, count: u64) -> Option<u64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::names;
+    use crate::header::names;
 
     fn total(tensors: &[(&str, Dtype, &[u64])], config: &str) -> (u64, usize) {
         let mut inventory = Inventory::default();

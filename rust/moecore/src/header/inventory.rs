@@ -5,7 +5,7 @@ use std::hash::Hash;
 
 use crate::dtype::Dtype;
 use crate::header::Header;
-use crate::model::names::{self, Indices};
+use crate::header::names::{self, Indices};
 
 /// One tensor: its pattern and shape by number, its dtype, its place.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -1,0 +1,254 @@
+//! A repo at a commit to a [`Checkpoint`], by ranged reads of its shards' headers.
+
+use std::sync::Arc;
+
+use tokio::task::JoinSet;
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::{Header, Inventory};
+use crate::scan::cache::{Cache, Entry};
+use crate::scan::http::{Cancel, Client, Cost, Origin, SizeHint};
+use crate::scan::index::{Index, MAX_INDEX_LEN, check_name};
+use crate::scan::select::{self, Selection};
+use crate::scan::{Checkpoint, MAX_CONFIG_LEN};
+
+/// First range of a repo's first shard: 97 % of headers on the hub are shorter than 100 kB, and a shard of a large MoE
+/// is learnt from.
+const FIRST_RANGE: u64 = 64 << 10;
+
+/// With more shards than this, one is read ahead so that the others ask for the right range at once.
+const PROBE_ABOVE: usize = 4;
+
+/// A repo at a commit.
+#[derive(Debug)]
+pub struct HubTarget {
+    /// Where it is, and the token.
+    pub origin: Origin,
+    /// Endpoint, for the cache's key.
+    pub endpoint: String,
+    /// `org/name`.
+    pub repo: String,
+    /// The commit that the caller resolved.
+    pub commit: String,
+    /// All files of the commit.
+    pub files: Vec<String>,
+}
+
+/// What scans of one process share.
+#[derive(Clone)]
+pub struct Context {
+    /// Connections, limits, pauses.
+    pub client: Client,
+    /// Parsed headers of former runs.
+    pub cache: Option<Cache>,
+    /// Ends the scan early.
+    pub cancel: Cancel,
+}
+
+/// One fetched header.
+struct Shard {
+    file: String,
+    inventory: Inventory,
+    header_bytes: u64,
+}
+
+/// Reads all headers of a repo, from the cache where it has them.
+pub async fn scan_hub(context: &Context, target: &HubTarget, cost: &Arc<Cost>) -> Result<Checkpoint> {
+    let key = (target.endpoint.as_str(), target.repo.as_str(), target.commit.as_str());
+    let cached = context.cache.as_ref().and_then(|cache| cache.load(key.0, key.1, key.2)).unwrap_or_default();
+    if cached.complete {
+        return Ok(from_cache(cached));
+    }
+    let reader = Reader { context, target, cost, hint: Arc::new(SizeHint::new(FIRST_RANGE)) };
+    let known = cached.files.len();
+    let (checkpoint, complete) = reader.read(cached).await?;
+    if let Some(cache) = context.cache.as_ref().filter(|_| checkpoint.files.len() > known || complete) {
+        // Failing to store costs only the next scan's time.
+        let _ = cache.store(key.0, key.1, key.2, &to_cache(&checkpoint, complete));
+    }
+    Ok(checkpoint)
+}
+
+fn from_cache(entry: Entry) -> Checkpoint {
+    Checkpoint {
+        inventory: entry.inventory,
+        config: entry.config,
+        quant_config: entry.quant_config,
+        files: entry.files,
+        header_bytes: entry.header_bytes,
+        failures: Vec::new(),
+        warnings: entry.warnings,
+    }
+}
+
+fn to_cache(checkpoint: &Checkpoint, complete: bool) -> Entry {
+    let mut inventory = Inventory::default();
+    inventory.merge(&checkpoint.inventory);
+    Entry {
+        files: checkpoint.files.clone(),
+        inventory,
+        header_bytes: checkpoint.header_bytes,
+        config: checkpoint.config.clone(),
+        quant_config: checkpoint.quant_config.clone(),
+        complete,
+        warnings: checkpoint.warnings.clone(),
+    }
+}
+
+struct Reader<'a> {
+    context: &'a Context,
+    target: &'a HubTarget,
+    cost: &'a Arc<Cost>,
+    hint: Arc<SizeHint>,
+}
+
+impl Reader<'_> {
+    async fn read(&self, cached: Entry) -> Result<(Checkpoint, bool)> {
+        // Names come from the hub; none of them may lead a request elsewhere.
+        let (safe, unsafe_names): (Vec<String>, Vec<String>) =
+            self.target.files.iter().cloned().partition(|name| check_name(name).is_ok());
+        let mut selection = select::select(&safe);
+        if !unsafe_names.is_empty() {
+            let message = format!("{} file names in the listing could leave the repo; they are not read", unsafe_names.len());
+            selection.warnings.push(message);
+        }
+        if selection.shards.is_empty() {
+            let message = "the repo holds no .safetensors file; other formats are not read";
+            return Err(Error::new(ErrorKind::InvalidTarget, message).with_file(&self.target.repo));
+        }
+        let mut checkpoint = from_cache(Entry { warnings: selection.warnings.clone(), ..cached });
+        self.settle(&mut selection, &mut checkpoint).await?;
+
+        let (config, shards) = tokio::join!(
+            self.configs(&selection, checkpoint.config.is_none()),
+            self.shards(selection.shards.iter().filter(|name| !checkpoint.files.contains(name)).cloned().collect())
+        );
+        self.take_configs(config, &mut checkpoint);
+        let mut failures = shards.failures;
+        for shard in shards.read {
+            checkpoint.inventory.merge(&shard.inventory);
+            checkpoint.header_bytes += shard.header_bytes;
+            checkpoint.files.push(shard.file);
+        }
+        if checkpoint.files.is_empty() || self.context.cancel.is_cancelled() {
+            failures.sort_by_key(|error| error.kind() != ErrorKind::AccessDenied);
+            return Err(failures.into_iter().next().unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled")));
+        }
+        for name in &selection.missing {
+            let message = "this shard is missing from the repo; the upload is not complete";
+            failures.push(Error::new(ErrorKind::NotFound, message).with_file(name));
+        }
+        checkpoint.failures.extend(failures);
+        checkpoint.files.sort_unstable();
+        let complete = checkpoint.failures.is_empty();
+        Ok((checkpoint, complete))
+    }
+
+    /// Lets the index say which files count, where their names do not.
+    async fn settle(&self, selection: &mut Selection, checkpoint: &mut Checkpoint) -> Result<()> {
+        let Some(name) = selection.ambiguous_until.clone() else { return Ok(()) };
+        match self.small(&name, MAX_INDEX_LEN).await.and_then(|json| match json {
+            Some(json) => Index::parse(&json, &name)?.files(&name).map(Some),
+            None => Ok(None),
+        }) {
+            Ok(Some(named)) => {
+                selection.missing = named.iter().filter(|file| !selection.shards.contains(file)).cloned().collect();
+                selection.shards.retain(|file| named.contains(file));
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            Err(error) if error.kind() == ErrorKind::Cancelled => Err(error),
+            Err(error) => {
+                checkpoint.warnings.push(format!("all weight files are counted, since the index cannot be used: {error}"));
+                Ok(())
+            }
+        }
+    }
+
+    async fn configs(&self, selection: &Selection, wanted: bool) -> [Result<Option<Vec<u8>>>; 2] {
+        let read = async |name: &Option<String>| match name {
+            Some(name) if wanted => self.small(name, MAX_CONFIG_LEN).await,
+            _ => Ok(None),
+        };
+        let (config, quant_config) = tokio::join!(read(&selection.config), read(&selection.quant_config));
+        [config, quant_config]
+    }
+
+    fn take_configs(&self, [config, quant_config]: [Result<Option<Vec<u8>>>; 2], checkpoint: &mut Checkpoint) {
+        for (result, place) in [(config, &mut checkpoint.config), (quant_config, &mut checkpoint.quant_config)] {
+            match result {
+                Ok(Some(bytes)) => *place = Some(bytes),
+                Ok(None) => {}
+                Err(error) => checkpoint.failures.push(error),
+            }
+        }
+    }
+
+    async fn small(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
+        let Context { client, cancel, .. } = self.context;
+        let url = self.target.origin.resolve_url(&self.target.repo, &self.target.commit, name)?;
+        client.small_file(&self.target.origin, &url, name, limit, cancel, self.cost).await
+    }
+
+    /// Reads the headers of all `files`, many at once.
+    async fn shards(&self, mut files: Vec<String>) -> Shards {
+        let mut shards = Shards::default();
+        if files.len() > PROBE_ABOVE {
+            // The middle one: first and last shards hold embeddings and head, and fewer tensors.
+            let probe = files.swap_remove(files.len() / 2);
+            shards.take(self.task(probe).await);
+        }
+        let mut tasks = JoinSet::new();
+        if !shards.hopeless() {
+            files.into_iter().for_each(|file| drop(tasks.spawn(self.task(file))));
+        }
+        while let Some(done) = tasks.join_next().await {
+            match done {
+                Ok(result) => shards.take(result),
+                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                Err(_) => {}
+            }
+            if shards.hopeless() {
+                tasks.abort_all();
+            }
+        }
+        shards
+    }
+
+    /// Fetches and parses one header; the JSON is gone before the next one starts in its place.
+    fn task(&self, file: String) -> impl Future<Output = Result<Shard>> + Send + 'static {
+        let Context { client, cancel, .. } = self.context.clone();
+        let url = self.target.origin.resolve_url(&self.target.repo, &self.target.commit, &file);
+        let (origin, hint, cost) = (self.target.origin.clone(), self.hint.clone(), self.cost.clone());
+        async move {
+            let bytes = client.header(&origin, &url?, &file, &hint, &cancel, &cost).await?;
+            let header = Header::parse(&bytes.json, bytes.file_len, &file)?;
+            let mut inventory = Inventory::default();
+            inventory.add_header(&header);
+            Ok(Shard { file, inventory, header_bytes: bytes.json.len() as u64 })
+        }
+    }
+}
+
+#[derive(Default)]
+struct Shards {
+    read: Vec<Shard>,
+    failures: Vec<Error>,
+}
+
+impl Shards {
+    fn take(&mut self, result: Result<Shard>) {
+        match result {
+            Ok(shard) => self.read.push(shard),
+            Err(error) => self.failures.push(error),
+        }
+    }
+
+    /// Whether the other shards would fail the same way: a gated repo, a cancelled scan, a host that gives nothing.
+    fn hopeless(&self) -> bool {
+        let hopeless = |error: &Error| {
+            matches!(error.kind(), ErrorKind::AccessDenied | ErrorKind::Cancelled | ErrorKind::RateLimited)
+        };
+        self.failures.iter().any(hopeless)
+    }
+}

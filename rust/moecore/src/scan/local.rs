@@ -1,0 +1,136 @@
+//! Local targets: a folder, one `.safetensors` file, or an index file.
+
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, ErrorKind, Result};
+use crate::header::Header;
+use crate::scan::MAX_CONFIG_LEN;
+use crate::scan::Checkpoint;
+use crate::scan::index::{Index, MAX_INDEX_LEN};
+use crate::scan::select::{self, Selection};
+
+/// Reads the headers of a local target. Bytes of weights are never read.
+pub fn scan_local(target: &Path) -> Result<Checkpoint> {
+    let metadata = std::fs::metadata(target).map_err(|source| io_error(target, source))?;
+    let (folder, selection) = if metadata.is_dir() {
+        let files = list(target)?;
+        (target.to_owned(), with_index(target, select::select(&files))?)
+    } else {
+        let folder = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        (folder.to_owned(), single(folder, target)?)
+    };
+    if selection.shards.is_empty() {
+        let message = "holds no .safetensors file; other formats are not read";
+        return Err(Error::new(ErrorKind::InvalidTarget, message).with_file(target.display().to_string()));
+    }
+    read(&folder, selection)
+}
+
+/// The selection of a target that is one file.
+fn single(folder: &Path, target: &Path) -> Result<Selection> {
+    let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
+    let beside = select::select(&list(folder)?);
+    let own = |shards: Vec<String>, index: Option<String>| Selection {
+        shards,
+        index,
+        config: beside.config.clone(),
+        quant_config: beside.quant_config.clone(),
+        ..Selection::default()
+    };
+    if name.ends_with(".safetensors") {
+        return Ok(own(vec![name], None));
+    }
+    if name.ends_with(".index.json") {
+        let shards = Index::parse(&small(&folder.join(&name), MAX_INDEX_LEN)?, &name)?.files(&name)?;
+        return Ok(own(shards, Some(name)));
+    }
+    let message = "is neither a folder nor a .safetensors or .safetensors.index.json file";
+    Err(Error::new(ErrorKind::InvalidTarget, message).with_file(target.display().to_string()))
+}
+
+/// A local index is cheap to read, so it always has the word on which files count.
+fn with_index(folder: &Path, mut selection: Selection) -> Result<Selection> {
+    let Some(index) = selection.index.clone() else { return Ok(selection) };
+    let named = Index::parse(&small(&folder.join(&index), MAX_INDEX_LEN)?, &index)?.files(&index)?;
+    // An index left behind by other files says nothing about the ones that are here.
+    if named.iter().any(|name| selection.shards.contains(name)) {
+        selection.missing = named.iter().filter(|name| !selection.shards.contains(*name)).cloned().collect();
+        selection.shards = named.into_iter().filter(|name| selection.shards.contains(name)).collect();
+    }
+    selection.ambiguous_until = None;
+    Ok(selection)
+}
+
+fn read(folder: &Path, selection: Selection) -> Result<Checkpoint> {
+    let mut checkpoint = Checkpoint { warnings: selection.warnings, ..Checkpoint::default() };
+    for name in &selection.shards {
+        match Header::read(&folder.join(name)) {
+            Ok(header) => {
+                checkpoint.inventory.add_header(&header);
+                checkpoint.header_bytes += header.header_len();
+                checkpoint.files.push(name.clone());
+            }
+            Err(error) => checkpoint.failures.push(error),
+        }
+    }
+    if checkpoint.files.is_empty() {
+        return Err(checkpoint.failures.swap_remove(0));
+    }
+    for name in selection.missing {
+        let message = "this shard is missing; download it again";
+        let file = folder.join(name).display().to_string();
+        checkpoint.failures.push(Error::new(ErrorKind::NotFound, message).with_file(file));
+    }
+    for (name, place) in
+        [(selection.config, &mut checkpoint.config), (selection.quant_config, &mut checkpoint.quant_config)]
+    {
+        if let Some(name) = name {
+            match small(&folder.join(&name), MAX_CONFIG_LEN) {
+                Ok(bytes) => *place = Some(bytes),
+                Err(error) => checkpoint.failures.push(error),
+            }
+        }
+    }
+    if let Some(index) = selection.index.filter(|_| checkpoint.failures.is_empty()) {
+        let parsed = Index::parse(&small(&folder.join(&index), MAX_INDEX_LEN)?, &index)?;
+        checkpoint.warnings.extend(parsed.compare(&checkpoint.inventory, &index));
+    }
+    Ok(checkpoint)
+}
+
+/// File names of a folder and of its subfolders, one level down.
+fn list(folder: &Path) -> Result<Vec<String>> {
+    let mut files = Vec::new();
+    for (name, path) in entries(folder)? {
+        if path.is_dir() {
+            // Subfolders matter only when the root is empty; one that cannot be read is as good as absent.
+            files.extend(entries(&path).unwrap_or_default().into_iter().map(|(inner, _)| format!("{name}/{inner}")));
+        } else {
+            files.push(name);
+        }
+    }
+    files.sort_unstable();
+    Ok(files)
+}
+
+fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
+    let entries = std::fs::read_dir(folder).map_err(|source| io_error(folder, source))?;
+    Ok(entries.filter_map(|entry| entry.ok().and_then(|e| Some((e.file_name().into_string().ok()?, e.path())))).collect())
+}
+
+fn small(path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let length = std::fs::metadata(path).map_err(|source| io_error(path, source))?.len();
+    if length > limit {
+        let message = format!("has {length} bytes; such files have at most {limit}");
+        return Err(Error::new(ErrorKind::InvalidConfig, message).with_file(path.display().to_string()));
+    }
+    std::fs::read(path).map_err(|source| io_error(path, source))
+}
+
+fn io_error(path: &Path, source: std::io::Error) -> Error {
+    let (kind, message) = match source.kind() {
+        std::io::ErrorKind::NotFound => (ErrorKind::NotFound, "no such file or folder; check the path"),
+        _ => (ErrorKind::Io, "cannot be read; check its permissions"),
+    };
+    Error::new(kind, message).with_file(path.display().to_string()).with_source(source)
+}
