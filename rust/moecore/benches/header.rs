@@ -22,8 +22,9 @@ enum Order {
 /// A header of `tensors` tensors: expert weights and their scales.
 fn header(tensors: u64, order: Order) -> String {
     let mut json = String::from(r#"{"__metadata__":{"format":"pt"}"#);
-    let sizes =
-        |i: u64| if i % 2 == 0 { ("F8_E4M3", [2048, 7168], 2048 * 7168) } else { ("F32", [16, 56], 4 * 16 * 56) };
+    let sizes = |i: u64| {
+        if i.is_multiple_of(2) { ("F8_E4M3", [2048, 7168], 2048 * 7168) } else { ("F32", [16, 56], 4 * 16 * 56) }
+    };
     let pair = sizes(0).2 + sizes(1).2;
     let pairs = tensors / 2;
     for i in 0..2 * pairs {
@@ -32,8 +33,8 @@ fn header(tensors: u64, order: Order) -> String {
             Order::Offsets => i / 2,
             Order::Mixed => (i / 2 * 7919) % pairs,
         };
-        let begin = place * pair + if i % 2 == 0 { 0 } else { sizes(0).2 };
-        let suffix = if i % 2 == 0 { "weight" } else { "weight_scale_inv" };
+        let begin = place * pair + if i.is_multiple_of(2) { 0 } else { sizes(0).2 };
+        let suffix = if i.is_multiple_of(2) { "weight" } else { "weight_scale_inv" };
         let projection = ["down_proj", "gate_proj", "up_proj"][usize::try_from(i / 2 % 3).expect("small")];
         let (layer, expert) = (3 + i / 1536, i / 6 % 256);
         write!(

@@ -224,7 +224,7 @@ impl Damage {
             Self::Replace(a, field, value) => {
                 let fields = &mut entries[at(a)].fields;
                 let field = field.index(fields.len());
-                fields[field].1 = value.to_owned();
+                value.clone_into(&mut fields[field].1);
             }
             Self::Metadata(_) => unreachable!("done above"),
         }
@@ -294,14 +294,18 @@ proptest! {
 
     #[test]
     fn damaged_pieces_get_the_same_verdict(mut draft in valid(), damages in vec(damage(), 1..4)) {
-        damages.into_iter().for_each(|damage| damage.apply(&mut draft));
+        for damage in damages {
+            damage.apply(&mut draft);
+        }
         compare(draft.json().as_bytes());
     }
 
     #[test]
     fn damaged_bytes_get_the_same_verdict(draft in valid(), scratches in vec(scratch(), 1..4)) {
         let mut json = draft.json().into_bytes();
-        scratches.into_iter().for_each(|scratch| scratch.apply(&mut json));
+        for scratch in scratches {
+            scratch.apply(&mut json);
+        }
         compare(&json);
     }
 }

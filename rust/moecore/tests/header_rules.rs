@@ -1,7 +1,9 @@
 //! One malformed header per rule of [`moecore::header`], and the headers that must be accepted.
 
+use std::fmt::Write;
+
 use moecore::dtype::Dtype;
-use moecore::header::{Header, MAX_METADATA, MAX_TENSORS};
+use moecore::header::{Header, MAX_HEADER_LEN_LOCAL, MAX_METADATA, MAX_TENSORS};
 use moecore::{Error, ErrorKind};
 
 const FILE: &str = "model-00001.safetensors";
@@ -51,6 +53,11 @@ fn two(a: (u64, u64), b: (u64, u64)) -> String {
 fn refuses_json_of_impossible_length() {
     refused("", "the header has 0 bytes", None);
     refused("1", "the header has 1 bytes", None);
+    let longest = usize::try_from(MAX_HEADER_LEN_LOCAL).unwrap();
+    let mut json = "{}".to_owned() + &" ".repeat(longest - 2);
+    assert!(parse(&json).is_empty());
+    json.push(' ');
+    refused(json, "the header has 100000001 bytes", None);
 }
 
 #[test]
@@ -71,6 +78,8 @@ fn refuses_what_is_not_a_json_object() {
 #[test]
 fn refuses_an_entry_cut_short_and_names_the_tensor() {
     refused(r#"{"a":{"dtype":"U8","sha"#, "EOF while parsing", Some("a"));
+    // Behind an entry no tensor is at fault.
+    refused(entry("}}", "} x"), "expected `,` or `}`", None);
 }
 
 #[test]
@@ -223,7 +232,7 @@ fn refuses_too_many_tensors() {
     let mut json = String::with_capacity(60 * MAX_TENSORS);
     for i in 0..=MAX_TENSORS {
         json.push(if i == 0 { '{' } else { ',' });
-        json.push_str(&format!(r#""{i:x}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#));
+        write!(json, r#""{i:x}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#).unwrap();
     }
     json.push('}');
     let last = format!("{MAX_TENSORS:x}");

@@ -132,3 +132,56 @@ fn hash(name: &str) -> u64 {
     }
     state >> 32
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::HashMap;
+
+    use super::super::Span;
+    use super::*;
+    use crate::dtype::Dtype;
+
+    fn index(list: &[&str]) -> (Result<NameIndex>, Vec<Row>, String) {
+        let mut names = String::new();
+        let row = |name: &&str| {
+            let start = u32::try_from(names.len()).unwrap();
+            names.push_str(name);
+            let name = Span { start, len: u32::try_from(name.len()).unwrap() };
+            Row { name, shape_start: 0, rank: 0, dtype: Dtype::U8, offsets: (0, 0) }
+        };
+        let rows: Vec<_> = list.iter().map(row).collect();
+        (NameIndex::new(&rows, &names), rows, names)
+    }
+
+    /// Two names with one hash, found by trying. The numbers are scattered because the hash keeps near ones apart.
+    fn colliding() -> (String, String) {
+        let mut seen = HashMap::new();
+        (0..1u64 << 20)
+            .map(|i| format!("{:x}", i.wrapping_mul(0xd134_2543_de82_ef95).rotate_left(32)))
+            .find_map(|name| seen.insert(hash(&name), name.clone()).map(|other| (other, name)))
+            .expect("a 32-bit hash of a million names collides")
+    }
+
+    #[test]
+    fn names_of_one_hash_are_told_apart() {
+        let (a, b) = colliding();
+        for list in [[a.as_str(), "x", b.as_str()], [b.as_str(), "x", a.as_str()]] {
+            let (index, rows, names) = index(&list);
+            let index = index.unwrap();
+            for (row, name) in list.iter().enumerate() {
+                assert_eq!(index.find(name, &rows, &names), Some(row));
+            }
+        }
+        let (alone, rows, names) = index(&[a.as_str()]);
+        assert_eq!(alone.unwrap().find(&b, &rows, &names), None);
+    }
+
+    #[test]
+    fn a_name_of_the_same_hash_between_them_hides_no_duplicates() {
+        let (a, b) = colliding();
+        for list in [[&a, &b, &a], [&b, &a, &b], [&a, &a, &b]] {
+            let list = list.map(String::as_str);
+            assert!(index(&list).0.is_err());
+        }
+    }
+}

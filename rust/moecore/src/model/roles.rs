@@ -117,6 +117,14 @@ impl<'a> Name<'a> {
         &self.parts[..self.parts.len().min(3)]
     }
 
+    /// Norms have it in the name, whatever holds them; DBRX's `norm_attn_norm` holds attention.
+    fn is_norm(&self) -> bool {
+        let module = self.module.to_ascii_lowercase();
+        self.parts.iter().any(|part| *part != "norm_attn_norm" && part.to_ascii_lowercase().contains("norm"))
+            || module.starts_with("ln_")
+            || matches!(module.as_str(), "ln" | "ln1" | "ln2")
+    }
+
     fn in_attention(&self) -> bool {
         self.parts.iter().any(|part| {
             let part = part.to_ascii_lowercase();
@@ -138,11 +146,10 @@ const SHARED: &[&str] = &[
     "shared_mlp_gate",
 ];
 
-const ROUTER_LEAVES: &[&str] = &["e_score_correction_bias", "expert_bias", "balancing_biases"];
+const ROUTER_LEAVES: &[&str] = &["e_score_correction_bias", "expert_bias", "balancing_biases", "router_bias"];
 
-const TOWERS: &[&str] = &["vision", "visual", "audio", "image", "multi_modal", "multimodal", "mm_projector", "speech"];
+const TOWERS: &[&str] = &["vision", "visual", "audio", "image", "multi_modal", "multimodal", "speech"];
 const TOWER_PARTS: &[&str] = &[
-    "projector",
     "connector",
     "aligner",
     "resampler_model",
@@ -155,10 +162,11 @@ const TOWER_PARTS: &[&str] = &[
     "view_seperator",
 ];
 
-const HEADS: &[&str] = &["lm_head", "output_layer", "embed_out"];
-const TOP_HEADS: &[&str] = &["output", "score", "classifier", "qa_outputs"];
+const HEADS: &[&str] = &["lm_head", "output_layer", "embed_out", "unembed"];
+const TOP_HEADS: &[&str] = &["output", "head", "score", "classifier", "qa_outputs"];
 
 const EMBEDDINGS: &[&str] = &[
+    "embed",
     "embed_tokens",
     "embed_in",
     "embedding",
@@ -219,6 +227,7 @@ const RULES: &[Rule] = &[
             || (n.has(&["gate"]) && !n.in_attention())
             || matches!(n.module, "router_gate" | "moe_gate")
     }),
+    (Role::Norm, Name::is_norm),
     (Role::RoutedExpert, |n| n.has(EXPERT_BLOCKS)),
     // Fused blocks without the word: Granite and JetMoE, Step, consolidated Mixtral, Doge's embedded experts.
     (Role::RoutedExpert, |n| {
@@ -226,10 +235,6 @@ const RULES: &[Rule] = &[
             || (n.rank == 3 && n.has(&["moe"]))
             || (n.has(&["block_sparse_moe"]) && matches!(n.module, "w1" | "w2" | "w3"))
             || matches!(n.module, "down_embed" | "up_embed")
-    }),
-    (Role::Norm, |n| {
-        let module = n.module.to_ascii_lowercase();
-        module.contains("norm") || module.starts_with("ln_") || matches!(module.as_str(), "ln" | "ln1" | "ln2")
     }),
     (Role::LmHead, |n| n.has(HEADS) || TOP_HEADS.contains(&n.parts[0])),
     (Role::Embedding, |n| EMBEDDINGS.contains(&n.module) || n.parts[0] == "shared" || n.has(&["ngram_embeddings"])),
@@ -269,12 +274,16 @@ fn is_mtp(name: &Name<'_>) -> bool {
 }
 
 fn is_tower(name: &Name<'_>) -> bool {
-    name.leading().iter().any(|part| TOWER_PARTS.contains(part) || TOWERS.iter().any(|word| part.contains(word)))
+    name.leading().iter().any(|part| {
+        TOWER_PARTS.contains(part) || part.ends_with("projector") || TOWERS.iter().any(|word| part.contains(word))
+    })
 }
 
 fn experts(name: &Name<'_>) -> Experts {
     let at = name.parts.iter().position(|part| EXPERT_BLOCKS.contains(part));
-    let block_end = at.unwrap_or(name.parts.len().saturating_sub(1));
+    // Without such a part, the block is what holds the module.
+    let module = name.parts.iter().rposition(|part| *part == name.module);
+    let block_end = at.or(module).unwrap_or(0);
     let block = name.parts[..block_end].join(".");
     let numbered = at.and_then(|at| name.parts.get(at + 1)).is_some_and(|part| part.ends_with("{}"));
     let index = numbered.then(|| block.matches("{}").count());
@@ -346,6 +355,8 @@ mod tests {
         assert_eq!(tag.layer, Some(0));
         let fused = classify("model.layers.{}.mlp.experts.down_proj", 3).experts.unwrap();
         assert_eq!((fused.block.as_str(), fused.index), ("model.layers.{}.mlp", None));
+        let wordless = classify("model.layers.{}.block_sparse_moe.input_linear.weight", 3).experts.unwrap();
+        assert_eq!((wordless.block.as_str(), wordless.index), ("model.layers.{}.block_sparse_moe", None));
         let nested = classify("mtp.layers.{}.mlp.experts.{}.w1.weight", 2);
         assert_eq!((nested.role, nested.nested), (Role::Mtp, Role::RoutedExpert));
     }

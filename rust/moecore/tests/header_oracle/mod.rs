@@ -68,9 +68,7 @@ fn assert_rows(ours: &Header, theirs: &Metadata) {
         let info = theirs.info(tensor.name).expect("the crate knows the name too");
         assert_eq!(tensor.dtype.name(), info.dtype.to_string());
         assert_eq!(tensor.dtype.bits(), info.dtype.bitsize() as u64);
-        assert!(
-            tensor.shape.iter().eq(info.shape.iter().map(|&dimension| dimension as u64).collect::<Vec<_>>().iter())
-        );
+        assert!(tensor.shape.iter().copied().eq(info.shape.iter().map(|&dimension| dimension as u64)));
         assert_eq!(tensor.offsets, (info.data_offsets.0 as u64, info.data_offsets.1 as u64));
         assert_eq!(tensor.offsets.0, end, "in offset order");
         end = tensor.offsets.1;

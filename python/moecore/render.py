@@ -1,0 +1,190 @@
+"""Reports for people: one model as a page, many as a table."""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from rich.console import RenderableType
+
+    from moecore.report import KvCache, ScanReport
+
+_BAR = 30
+_BLOCKS = " ▏▎▍▌▋▊▉"
+
+#: Roles in the order of the page, with their label and colour.
+_ROLES = [
+    ("attention", "attention", "cyan"),
+    ("dense_mlp", "dense MLP", "cyan"),
+    ("shared_expert", "shared experts", "green"),
+    ("router", "router", "cyan"),
+    ("norm", "norms", "cyan"),
+    ("embedding", "embedding", "blue"),
+    ("lm_head", "LM head", "blue"),
+    ("vision", "vision and audio", "magenta"),
+    ("mtp", "multi-token prediction", "magenta"),
+    ("other", "other", "yellow"),
+]
+
+
+def size(count: int) -> str:
+    """Bytes in the largest binary unit that keeps the number above one: ``57.00 GiB``."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(value) < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+
+
+def number(count: int) -> str:
+    """A count in thousands, millions, billions: ``30.53B``."""
+    for limit, unit in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= limit:
+            return f"{count / limit:.2f}{unit}"
+    return str(count)
+
+
+def bar(share: float, width: int = _BAR) -> str:
+    """A bar of ``width`` cells, to an eighth of a cell."""
+    eighths = round(max(0.0, min(1.0, share)) * width * 8)
+    full, rest = divmod(eighths, 8)
+    return ("█" * full + (_BLOCKS[rest] if rest else "")).ljust(width)
+
+
+def page(report: ScanReport) -> RenderableType:
+    """One report as a panel."""
+    if report.architecture is None or report.parameters is None or report.bytes is None or report.kv_cache is None:
+        return Panel(Text(report.error or "no report", style="red"), title=escape(report.target), border_style="red")
+    arch, params, weights, kv = report.architecture, report.parameters, report.bytes, report.kv_cache
+    parts: list[RenderableType] = [_summary(report), Text()]
+
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="dim", padding=(0, 2, 0, 0))
+    for title, justify in (("", "left"), ("bytes", "right"), ("share", "right"), ("", "left"), ("parameters", "right")):
+        table.add_column(title, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+
+    def row(label: str, count: int, parameters: str, style: str, *, head: bool = False) -> None:
+        share = count / weights.total if weights.total else 0.0
+        name = Text(label if head else f"  {label}", style=f"bold {style}" if head else "")
+        table.add_row(name, size(count), f"{share:6.1%}", Text(bar(share), style=style), parameters)
+
+    base_parameters = params.checkpoint - params.routed
+    row("base weights", weights.base, number(base_parameters), "cyan", head=True)
+    for role, label, colour in _ROLES:
+        if weights.by_role[role]:
+            row(label, weights.by_role[role], number(params.by_role[role]), colour)
+    if arch.num_experts:
+        row("routed experts", weights.routed_experts, number(params.routed), "red", head=True)
+        note = f"  {arch.moe_layers} layers × {arch.num_experts} experts × {size(weights.per_expert)}"
+        table.add_row(Text(note, style="dim"))
+    table.add_row(Text("total weights", style="bold"), size(weights.total), "", "", number(params.checkpoint))
+    parts += [table, Text(), _cache(kv)]
+    if report.error:
+        parts.append(Text(f"\n✗ {report.error}", style="red"))
+    parts += [Text(f"! {warning}", style="yellow") for warning in report.warnings]
+    if report.unrecognised:
+        names = ", ".join(report.unrecognised[:4])
+        parts.append(Text(f"! unrecognised tensors, counted as other: {names} …", style="yellow"))
+    revision = f" @ {report.revision[:12]}" if report.revision else ""
+    title = f"[bold]{escape(report.target)}[/]{escape(revision)}"
+    colour = "yellow" if report.status == "partial" else "green"
+    return Panel(Group(*parts), title=title, border_style=colour, subtitle=_cost(report), expand=False, padding=(1, 2))
+
+
+def _summary(report: ScanReport) -> Text:
+    arch, params, weights = report.architecture, report.parameters, report.bytes
+    if arch is None or params is None or weights is None:
+        raise ValueError("a failed report has no summary")
+    text = Text()
+    text.append(arch.model_type or "unknown model type", style="bold")
+    text.append(f" · {arch.layers} layers")
+    if arch.num_experts:
+        shared = f" + {arch.shared_experts} shared" if arch.shared_experts else ""
+        text.append(f" · top-{arch.experts_per_token} of {arch.num_experts} experts{shared} in {arch.moe_layers} layers")
+    dtypes = sorted(weights.by_dtype, key=lambda name: -weights.by_dtype[name])
+    text.append(f" · {', '.join(dtypes[:3])}")
+    if arch.quantization:
+        text.append(f" ({arch.quantization})")
+    text.append("\n")
+    text.append(number(params.total), style="bold")
+    text.append(" parameters")
+    if arch.num_experts:
+        text.append(", ")
+        text.append(number(params.active), style="bold")
+        text.append(f" active a token ({number(params.active_without_embeddings)} without embeddings): ")
+        text.append(f"all {size(weights.total)} must be resident, a token reads {size(weights.active)}")
+    return text
+
+
+def _cache(kv: KvCache) -> Text:
+    text = Text()
+    text.append("KV cache", style="bold magenta")
+    length = f"{kv.max_model_len:,} tokens × {kv.batch_size}" if kv.max_model_len else "no context length"
+    text.append(f"  {length}, {kv.dtype}: ")
+    if kv.status == "unknown":
+        text.append("unknown", style="bold yellow")
+        text.append(f" ({kv.reason})")
+        return text
+    bounds = f"{size(kv.bytes)} to {size(kv.bytes_upper)}" if kv.status == "bounded" else size(kv.bytes)
+    text.append(bounds, style="bold")
+    text.append(f" · {size(kv.bytes_per_token)} a token")
+    if kv.state_bytes:
+        text.append(f" · {size(kv.state_bytes)} recurrent state")
+    kinds = ", ".join(f"{sum(len(g.layers) for g in kv.per_layer if g.kind == kind)} {kind}" for kind in _kinds(kv))
+    text.append(f"\n  {kinds}", style="dim")
+    if kv.reason:
+        text.append(f"\n  {kv.reason}", style="yellow")
+    return text
+
+
+def _kinds(kv: KvCache) -> list[str]:
+    return list(dict.fromkeys(group.kind for group in kv.per_layer))
+
+
+def _cost(report: ScanReport) -> str:
+    cost = report.cost
+    network = f", {cost.requests} requests, {size(cost.bytes_fetched)} fetched" if report.source == "hub" else ""
+    return f"[dim]{report.files} files, {report.tensors:,} tensors{network}, {cost.seconds:.2f} s[/]"
+
+
+def overview(reports: Iterable[ScanReport]) -> Table:
+    """Many reports as a table, one line each."""
+    table = Table(header_style="bold", row_styles=["", "dim"], pad_edge=False)
+    table.add_column("model", overflow="fold")
+    for title in ("parameters", "active", "experts", "base", "routed", "per expert", "KV cache"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("", min_width=12, no_wrap=True)
+    for report in reports:
+        arch, params, weights, kv = report.architecture, report.parameters, report.bytes, report.kv_cache
+        if arch is None or params is None or weights is None or kv is None:
+            table.add_row(Text(report.target, style="red"), *[""] * 7, Text(report.error_type or "error", style="red"))
+            continue
+        share = weights.routed_experts / weights.total if weights.total else 0.0
+        table.add_row(
+            Text(report.target, style="yellow" if report.status == "partial" else ""),
+            number(params.total),
+            number(params.active),
+            f"{arch.experts_per_token}/{arch.num_experts}" if arch.num_experts else "dense",
+            size(weights.base),
+            size(weights.routed_experts),
+            size(weights.per_expert) if arch.num_experts else "",
+            "?" if kv.status == "unknown" else ("≥ " if kv.status == "bounded" else "") + size(kv.bytes),
+            Text(bar(share, 12), style="red") if arch.num_experts else "",
+        )
+    return table
+
+
+def to_text(report: ScanReport, width: int = 110) -> str:
+    """One report as plain text."""
+    buffer = io.StringIO()
+    Console(file=buffer, width=width, color_system=None).print(page(report))
+    return buffer.getvalue().rstrip("\n")
