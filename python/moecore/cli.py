@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output has had enough (`| head`); nothing may be written at exit either.
         sys.stderr.close()
-        return 0
+        return 141  # as if by SIGPIPE
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +110,7 @@ def _scan(arguments: argparse.Namespace) -> int:
     )
     failed = 0
     with contextlib.ExitStack() as stack:
-        sink = open_sink(kind, arguments.output, stack, append=arguments.resume)
+        sink = open_sink(kind, arguments.output, targets, stack, append=arguments.resume)
         reports = stack.enter_context(contextlib.closing(_reports(session, left, arguments, skipped=len(done))))
         try:
             for report in reports:

@@ -9,7 +9,7 @@ import os
 import random
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
 from moecore.errors import AccessError, HubError, NetworkError, NotFoundError, OfflineError, RateLimitError
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 #: Above this many files the hub may cut the list that comes with a repo's commit short; the paged listing is whole.
 _WHOLE_LISTING = 1_000
+
+_T = TypeVar("_T")
 
 _RETRIES = 5
 _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
@@ -82,7 +84,7 @@ def resolve_commit(
         AccessError: gated, private, or a token that is not accepted.
         RateLimitError, NetworkError: the hub does not answer, after retries.
     """
-    session = _Session(hub, scanner, repo, cancelled)
+    session = _Session(hub, scanner, repo, revision, cancelled)
     info = session.get_json(f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision, safe='')}")
     sha = info.get("sha")
     if not isinstance(sha, str):
@@ -97,8 +99,9 @@ def resolve_commit(
 class _Session:
     """API requests about one repo, counted and retried."""
 
-    def __init__(self, hub: Hub, scanner: Scanner, repo: str, cancelled: Callable[[], bool]) -> None:
-        self.hub, self.scanner, self.repo, self.cancelled = hub, scanner, repo, cancelled
+    def __init__(self, hub: Hub, scanner: Scanner, repo: str, revision: str, cancelled: Callable[[], bool]) -> None:
+        self.hub, self.scanner, self.cancelled = hub, scanner, cancelled
+        self.repo, self.revision = repo, revision
         self.requests = 0
         self.bytes_fetched = 0
 
@@ -108,7 +111,7 @@ class _Session:
         files: list[str] = []
         while url:
             response = self._get(url)
-            files += [entry["path"] for entry in response.json() if entry.get("type") == "file"]
+            files += [entry["path"] for entry in self._json(response, list) if entry.get("type") == "file"]
             following = response.links.get("next", {}).get("url")
             if following and urlsplit(following)[:2] != urlsplit(self.hub.endpoint)[:2]:
                 raise NetworkError(f"{self.repo}: the hub's file list goes on at another host; do not trust this endpoint")
@@ -117,9 +120,16 @@ class _Session:
 
     def get_json(self, url: str) -> dict[str, Any]:
         """A JSON object."""
-        answer = self._get(url).json()
-        if not isinstance(answer, dict):
-            raise NetworkError(f"{self.repo}: the hub's answer is no JSON object; is {self.hub.endpoint} right?")
+        return self._json(self._get(url), dict)
+
+    def _json(self, response: httpx2.Response, kind: type[_T]) -> _T:
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if not isinstance(answer, kind):
+            what = f"{self.repo}: the answer is not what a hub gives"
+            raise NetworkError(f"{what}; check that {self.hub.endpoint} is a Hugging Face hub (HF_ENDPOINT)")
         return answer
 
     def _get(self, url: str) -> httpx2.Response:
@@ -132,9 +142,10 @@ class _Session:
             self.requests += 1
             try:
                 response = get_session().get(url, headers=headers, timeout=30.0)
-            except httpx2.TransportError as error:
-                if attempt == _RETRIES:
-                    message = f"{self.repo}: no connection to {self.hub.endpoint}: {error}; check the network and HF_ENDPOINT"
+            except (httpx2.HTTPError, httpx2.InvalidURL) as error:
+                if attempt == _RETRIES or not isinstance(error, httpx2.TransportError):
+                    what = f"{type(error).__name__}: {error}"
+                    message = f"{self.repo}: {self.hub.endpoint} does not answer ({what}); check the network and HF_ENDPOINT"
                     raise NetworkError(message) from error
                 time.sleep(_backoff(attempt))
                 continue
@@ -143,7 +154,7 @@ class _Session:
             if response.is_success:
                 return response
             if response.status_code not in _RETRY_STATUS or attempt == _RETRIES:
-                raise _error(response, self.repo)
+                raise _error(response, self.repo, self.revision)
             if not self.scanner.pause_for(url):
                 time.sleep(_backoff(attempt))
         raise AssertionError("the last attempt returns or raises")
@@ -163,12 +174,12 @@ def _backoff(attempt: int) -> float:
     return float(min(0.3 * 2**attempt, 8.0) * (0.5 + random.random()))  # noqa: S311 - jitter
 
 
-def _error(response: httpx2.Response, repo: str) -> HubError:
+def _error(response: httpx2.Response, repo: str, revision: str) -> HubError:
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
     if status == 403 or code == "GatedRepo":
         return AccessError(f"{repo}: gated; accept the licence on the model's page and set HF_TOKEN to a token that may read it")
     if code == "RevisionNotFound":
-        return NotFoundError(f"{repo}: no such revision; check the branch, tag or commit after `@`")
+        return NotFoundError(f"{repo}: no revision `{revision}`; check the branch, tag or commit")
     if status == 404 or code == "RepoNotFound":
         return NotFoundError(f"{repo}: no such repo, or a private one; check the name, or set HF_TOKEN for a private repo")
     if status == 401:

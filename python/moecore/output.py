@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 from moecore.errors import FileError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from moecore.report import ScanReport
 
@@ -80,8 +80,9 @@ class JsonLines:
 class Collected:
     """Keeps all reports and writes them at the end: JSON, CSV and tables."""
 
-    def __init__(self, stream: TextIO, path: Path | None, kind: str) -> None:
+    def __init__(self, stream: TextIO, path: Path | None, kind: str, order: Sequence[str]) -> None:
         self._stream, self._path, self._kind = stream, path, kind
+        self._order = {target: at for at, target in enumerate(order)}
         self._reports: list[ScanReport] = []
 
     def write(self, report: ScanReport) -> None:
@@ -89,7 +90,8 @@ class Collected:
         self._reports.append(report)
 
     def close(self) -> None:
-        """Writes everything."""
+        """Writes everything, in the order it was asked for."""
+        self._reports.sort(key=lambda report: self._order.get(report.requested, len(self._order)))
         if self._path is None:
             self._dump(self._stream)
             return
@@ -120,8 +122,10 @@ class Collected:
             console.print(render.overview(self._reports))
 
 
-def open_sink(kind: str, path: Path | None, stack: contextlib.ExitStack, *, append: bool) -> Sink:
-    """The sink for a format.
+def open_sink(
+    kind: str, path: Path | None, order: Sequence[str], stack: contextlib.ExitStack, *, append: bool
+) -> Sink:
+    """The sink for a format. ``order`` is the order of targets where reports are held back.
 
     Raises:
         FileError: the file cannot be written.
@@ -129,7 +133,7 @@ def open_sink(kind: str, path: Path | None, stack: contextlib.ExitStack, *, appe
     if path is not None and not path.parent.is_dir():
         raise FileError(f"{path}: its folder does not exist; make it first")
     if kind != "jsonl":
-        return Collected(sys.stdout, path, kind)
+        return Collected(sys.stdout, path, kind, order)
     if path is None:
         return JsonLines(sys.stdout)
     try:

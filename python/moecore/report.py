@@ -184,10 +184,8 @@ def from_core(
     )
 
 
-def failed(
-    error: Exception, *, target: str, requested: str, source: Literal["hub", "local"], seconds: float
-) -> ScanReport:
-    """The report of a target that could not be scanned."""
+def failed(error: Exception, *, target: str, source: Literal["hub", "local"], seconds: float) -> ScanReport:
+    """The report of a target that could not be scanned. It keeps the name it was asked for by."""
     return ScanReport(
         target=target,
         revision=None,
@@ -202,5 +200,5 @@ def failed(
         unrecognised=[],
         warnings=[],
         cost=Cost(requests=0, bytes_fetched=0, header_bytes=0, seconds=seconds),
-        requested=requested,
+        requested=target,
     )

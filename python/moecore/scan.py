@@ -59,8 +59,8 @@ class Target:
         if looks_local or text.endswith(".safetensors"):
             raise TargetError(f"{text}: no such file or folder; check the path, or give a repo id such as org/name")
         bare = re.sub(r"^(?:https?://[^/]+/|hf://)", "", text).rstrip("/")
-        repo, _, own_revision = bare.partition("@")
-        if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo:
+        repo, at, own_revision = bare.partition("@")
+        if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or (at and not own_revision):
             raise TargetError(f"{text!r}: neither a path that exists nor a repo id such as org/name or org/name@revision")
         if own_revision and revision and own_revision != revision:
             raise TargetError(f"{text}: the revision is given twice, as {own_revision} and {revision}; give it once")
@@ -259,11 +259,10 @@ class Session:
 
 def _failed(error: MoecoreError, requested: str, revision: str | None, seconds: float) -> ScanReport:
     try:
-        target = Target.parse(requested, revision)
-        name, source = target.name, target.source
+        source = Target.parse(requested, revision).source
     except TargetError:
-        name, source = requested, "local"
-    return _report.failed(error, target=name, requested=requested, source=source, seconds=round(seconds, 6))
+        source = "local"
+    return _report.failed(error, target=requested, source=source, seconds=round(seconds, 6))
 
 
 __all__ = ["Options", "Session", "Target", "cache_dir", "scan", "scan_many"]

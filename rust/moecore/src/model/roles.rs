@@ -227,7 +227,7 @@ const RULES: &[Rule] = &[
             || (n.has(&["gate"]) && !n.in_attention())
             || matches!(n.module, "router_gate" | "moe_gate")
     }),
-    (Role::Norm, Name::is_norm),
+    (Role::Norm, |n| n.is_norm()),
     (Role::RoutedExpert, |n| n.has(EXPERT_BLOCKS)),
     // Fused blocks without the word: Granite and JetMoE, Step, consolidated Mixtral, Doge's embedded experts.
     (Role::RoutedExpert, |n| {

@@ -51,17 +51,21 @@ async fn another_host_is_not_paused() {
 
 #[tokio::test]
 async fn a_pause_leaves_others_their_room_in_flight() {
-    let limited = then_file(Reply::new(429).header("retry-after", "1"));
+    let limited = then_file(Reply::new(429).header("retry-after", "1").wait(Duration::from_millis(100)));
     let free = then_file(Reply::new(500));
     let client = Client::new(ClientOptions { connections: 1, ..options() }).unwrap();
     let start = Instant::now();
-    let slow = async { header(&client, &limited).await.unwrap() };
+    // The second one passes the open gate and then waits for room, which it gets when the gate is closed.
+    let slow = async { tokio::try_join!(header(&client, &limited), header(&client, &limited)).unwrap() };
     let quick = async {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
         header(&client, &free).await.unwrap();
         assert!(start.elapsed() < Duration::from_millis(800), "{:?}", start.elapsed());
     };
     tokio::join!(slow, quick);
+    let seen = limited.seen();
+    assert_eq!(seen.len(), 3);
+    assert!(seen[1].at - seen[0].at >= Duration::from_millis(950), "{:?}", seen[1].at - seen[0].at);
 }
 
 #[tokio::test]
