@@ -16,6 +16,7 @@ tensors that the cache holds are counted.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -394,6 +395,38 @@ def save(model: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         model.save_pretrained(folder)
         config = json.loads(Path(folder, "config.json").read_text())
         return config, headers(Path(folder))
+
+
+def may_lack(config: dict[str, Any]) -> list[str]:
+    """Keys that can go from a config.json, all at once, and leave the same configuration.
+
+    Only those that the class works out from other keys: files that older releases wrote lack them. Keys with a
+    constant as their default stay.
+    """
+    cls = CONFIG_MAPPING[config["model_type"]]
+
+    def read(config: dict[str, Any]) -> dict[str, Any]:
+        return cls.from_dict(cls._decode_special_floats(copy.deepcopy(config))).to_dict()
+
+    whole = read(config)
+    left = copy.deepcopy(config)
+    gone = []
+    subs = cls.sub_configs or {}
+    places = [("", left, cls), *((f"{key}.", left[key], sub) for key, sub in subs.items() if key == "text_config")]
+    for prefix, part, owner in places:
+        for key in sorted(set(part) - {"model_type", "architectures", "transformers_version"} - set(subs)):
+            if getattr(owner, key, None) == part[key] or part[key] is None or key == "rope_parameters":
+                continue
+            value = part.pop(key)
+            try:
+                same = read(left) == whole
+            except Exception:  # a key that the class insists on
+                same = False
+            if same:
+                gone.append(prefix + key)
+            else:
+                part[key] = value
+    return gone
 
 
 def fold(tensors: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -808,6 +841,7 @@ def fixture(model_type: str) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "notes": NOTES.get(model_type, ""),
         "config": config,
+        "may_lack": may_lack(config),
         "truth": result,
         "tensors": fold(tensors),
     }

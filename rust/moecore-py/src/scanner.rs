@@ -105,13 +105,7 @@ impl Scanner {
     }
 
     /// Tells about an answer that somebody else got, so that a pause holds for all.
-    fn note_response(
-        &self,
-        py: Python<'_>,
-        url: &str,
-        status: u16,
-        headers: Vec<(String, String)>,
-    ) -> PyResult<()> {
+    fn note_response(&self, py: Python<'_>, url: &str, status: u16, headers: Vec<(String, String)>) -> PyResult<()> {
         let network = self.network().map_err(|error| to_python(py, &error))?;
         network.client.note_response(url, status, &headers);
         Ok(())
@@ -141,7 +135,9 @@ impl Scanner {
             .thread_name("moecore-scan")
             .enable_all()
             .build()
-            .map_err(|source| Error::new(ErrorKind::Io, "cannot start threads; raise the process limit").with_source(source))?;
+            .map_err(|source| {
+                Error::new(ErrorKind::Io, "cannot start threads; raise the process limit").with_source(source)
+            })?;
         let client = Client::new(self.options.clone())?;
         // Another thread may have been faster; its network is as good.
         Ok(self.network.get_or_init(|| Network { runtime, client }))

@@ -133,7 +133,8 @@ impl MemoryReport {
     ) -> (Self, Vec<Error>) {
         let mut errors = Vec::new();
         let mut parse = |json: Option<&[u8]>, file: &str| {
-            json.map(|json| Config::parse(json, file)).and_then(|result| result.map_err(|error| errors.push(error)).ok())
+            json.map(|json| Config::parse(json, file))
+                .and_then(|result| result.map_err(|error| errors.push(error)).ok())
         };
         let parsed = parse(config, "config.json");
         let quant_config = parse(quant_config, "hf_quant_config.json");
@@ -141,7 +142,9 @@ impl MemoryReport {
         let layout = ModelLayout::new(inventory, &known);
         let mut report = Self::new(&layout, &known, quant_config.as_ref().map(Config::root), options);
         if config.is_none() {
-            report.warnings.push("no config.json: roles are read from names alone, active figures and KV cache are incomplete".into());
+            report.warnings.push(
+                "no config.json: roles are read from names alone, active figures and KV cache are incomplete".into(),
+            );
         }
         (report, errors)
     }

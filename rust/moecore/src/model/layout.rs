@@ -1,11 +1,11 @@
 //! An [`Inventory`] and a [`Config`] to groups of like tensors and blocks of experts.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
 
 use crate::dtype::Dtype;
-use crate::model::config::Config;
 use crate::header::inventory::{Inventory, Row};
-use crate::header::names::Indices;
+use crate::header::names::{Indices, expand};
+use crate::model::config::Config;
 use crate::model::packing::{self, Counter};
 use crate::model::roles::{self, Role, Tag};
 
@@ -80,8 +80,33 @@ struct BlockCount {
     fused_experts: u64,
 }
 
-/// Pattern of a block and the numbers in it.
-type BlockKey = (String, Indices);
+/// What is found out once for all tensors of a pattern and rank, so that a tensor costs no look at its name.
+struct Kind {
+    rank: usize,
+    tag: Tag,
+    /// Number of what stands before the first number of the name.
+    prefix: usize,
+    /// Number of the expert block's pattern, and how many numbers the block's name has.
+    block: Option<(usize, usize)>,
+    /// Groups of these tensors so far.
+    groups: Vec<usize>,
+}
+
+/// Numbers for strings.
+#[derive(Default)]
+struct Numbers(Vec<String>);
+
+impl Numbers {
+    fn of(&mut self, text: &str) -> usize {
+        self.0.iter().position(|known| known == text).unwrap_or_else(|| {
+            self.0.push(text.to_owned());
+            self.0.len() - 1
+        })
+    }
+}
+
+/// Number of a block's pattern, and the numbers in its name.
+type BlockKey = (usize, Indices);
 
 impl ModelLayout {
     /// Finds the role of every tensor.
@@ -90,70 +115,96 @@ impl ModelLayout {
         let packings = packing::patterns(inventory);
         let mut counter = Counter::new(inventory, &packings, config);
         let mtp_from = mtp_layers_from(config);
-        let mut tags: HashMap<(u32, usize), Tag> = HashMap::new();
-        let mut groups: BTreeMap<(Role, Role, u32, Dtype), TensorGroup> = BTreeMap::new();
+        let mut kinds: Vec<Vec<Kind>> = inventory.patterns().iter().map(|_| Vec::new()).collect();
+        let (mut prefixes, mut block_names) = (Numbers::default(), Numbers::default());
         let mut blocks: HashMap<BlockKey, BlockCount> = HashMap::new();
-        let mut layers = std::collections::HashSet::new();
+        let mut layers: HashSet<(usize, u16)> = HashSet::new();
         let mut layout = Self::default();
         let mut unknown = 0;
 
         for row in inventory.rows() {
+            let pattern = row.pattern as usize;
             let rank = inventory.shape(row).len();
-            let tag = tags
-                .entry((row.pattern, rank))
-                .or_insert_with(|| roles::classify(&packings[row.pattern as usize].stem, rank));
-            let layer = tag.layer.map(|slot| row.indices[slot]);
-            let past_end =
-                tag.role != Role::Vision && layer.zip(mtp_from).is_some_and(|(at, end)| u64::from(at) >= end);
-            let role = if past_end { Role::Mtp } else { tag.role };
-            let (bytes, stored) = (inventory.bytes(row), inventory.elements(row));
-            let parameters = if tag.buffer { 0 } else { counter.logical(row) };
-
-            let group = groups.entry((role, tag.nested, row.pattern, row.dtype)).or_insert_with(|| TensorGroup {
-                role,
-                nested: tag.nested,
-                pattern: inventory.patterns()[row.pattern as usize].clone(),
-                dtype: row.dtype,
-                tensors: 0,
-                bytes: 0,
-                stored: 0,
-                parameters: 0,
+            let at = kinds[pattern].iter().position(|kind| kind.rank == rank).unwrap_or_else(|| {
+                kinds[pattern].push(Kind::new(&packings[pattern].stem, rank, &mut prefixes, &mut block_names));
+                kinds[pattern].len() - 1
             });
-            group.tensors += 1;
-            group.bytes += bytes;
-            group.stored += stored;
-            group.parameters += parameters;
+            let kind = &mut kinds[pattern][at];
+            let layer = kind.tag.layer.map(|slot| row.indices[slot]);
+            let past_end =
+                kind.tag.role != Role::Vision && layer.zip(mtp_from).is_some_and(|(at, end)| u64::from(at) >= end);
+            let role = if past_end { Role::Mtp } else { kind.tag.role };
+            let size = ExpertSize {
+                bytes: inventory.bytes(row),
+                parameters: if kind.tag.buffer { 0 } else { counter.logical(row) },
+            };
 
-            if !tag.recognised {
+            let group = layout.group(kind, role, row.dtype, &inventory.patterns()[pattern]);
+            group.tensors += 1;
+            group.bytes += size.bytes;
+            group.stored += inventory.elements(row);
+            group.parameters += size.parameters;
+
+            if !kind.tag.recognised {
                 unknown += 1;
                 if layout.unrecognised.len() < UNRECOGNISED_SHOWN {
                     layout.unrecognised.push(inventory.name(row));
                 }
             }
             if let Some(layer) = layer.filter(|_| !matches!(role, Role::Mtp | Role::Vision)) {
-                layers.insert((prefix_of(&packings[row.pattern as usize].stem), layer));
+                layers.insert((kind.prefix, layer));
             }
-            if role != Role::Vision && tag.nested == Role::RoutedExpert {
-                let size = ExpertSize { bytes, parameters };
-                count_expert(&mut blocks, inventory, config, tag, row, role == Role::Mtp, size);
+            if let Some((block, depth)) = kind.block.filter(|_| role != Role::Vision) {
+                let mut indices = row.indices;
+                indices.iter_mut().skip(depth).for_each(|index| *index = 0);
+                let block = blocks.entry((block, indices)).or_default();
+                block.mtp = role == Role::Mtp;
+                block.layer = layer.unwrap_or(0);
+                block.add(kind.tag.experts.as_ref().and_then(|experts| experts.index), row, size, || {
+                    fused_experts(inventory.shape(row), config)
+                });
             }
         }
 
         if unknown > layout.unrecognised.len() {
-            layout
-                .warnings
-                .push(format!("{unknown} tensor names are unrecognised; the first {UNRECOGNISED_SHOWN} are listed"));
+            let message = format!("{unknown} tensor names are unrecognised; the first {UNRECOGNISED_SHOWN} are listed");
+            layout.warnings.push(message);
         }
         layout.layers = layers.len() as u64;
-        layout.groups = groups.into_values().collect();
-        layout.finish_blocks(blocks);
+        layout
+            .groups
+            .sort_by(|a, b| (a.role, a.nested, &a.pattern, a.dtype).cmp(&(b.role, b.nested, &b.pattern, b.dtype)));
+        layout.finish_blocks(blocks, &block_names);
         layout.finish_warnings(inventory, config, counter.guessed());
         layout
     }
 
-    fn finish_blocks(&mut self, blocks: HashMap<BlockKey, BlockCount>) {
-        for ((pattern, indices), block) in blocks {
-            let name = crate::header::names::expand(&pattern, indices);
+    /// The group of tensors of a kind with this role and dtype.
+    fn group(&mut self, kind: &mut Kind, role: Role, dtype: Dtype, pattern: &str) -> &mut TensorGroup {
+        let known =
+            kind.groups.iter().copied().find(|&at| (self.groups[at].role, self.groups[at].dtype) == (role, dtype));
+        let at = known.unwrap_or_else(|| {
+            let nested = kind.tag.nested;
+            let pattern = pattern.to_owned();
+            self.groups.push(TensorGroup {
+                role,
+                nested,
+                pattern,
+                dtype,
+                tensors: 0,
+                bytes: 0,
+                stored: 0,
+                parameters: 0,
+            });
+            kind.groups.push(self.groups.len() - 1);
+            self.groups.len() - 1
+        });
+        &mut self.groups[at]
+    }
+
+    fn finish_blocks(&mut self, blocks: HashMap<BlockKey, BlockCount>, names: &Numbers) {
+        for ((number, indices), block) in blocks {
+            let name = expand(&names.0[number], indices);
             let mut experts = block.numbered;
             if block.fused_experts > 0 {
                 let count = block.fused_experts;
@@ -225,6 +276,35 @@ impl ModelLayout {
     }
 }
 
+impl Kind {
+    fn new(stem: &str, rank: usize, prefixes: &mut Numbers, blocks: &mut Numbers) -> Self {
+        let tag = roles::classify(stem, rank);
+        let block =
+            tag.experts.as_ref().map(|experts| (blocks.of(&experts.block), experts.block.matches("{}").count()));
+        Self { rank, prefix: prefixes.of(prefix_of(stem)), block, tag, groups: Vec::new() }
+    }
+}
+
+impl BlockCount {
+    /// Adds a tensor: to its expert, whose number is at `slot` of the name, or to all.
+    fn add(&mut self, slot: Option<usize>, row: &Row, size: ExpertSize, fused_experts: impl FnOnce() -> u64) {
+        let share = match slot.map(|slot| usize::from(row.indices[slot])) {
+            Some(number) => {
+                if self.numbered.len() <= number {
+                    self.numbered.resize(number + 1, ExpertSize::default());
+                }
+                &mut self.numbered[number]
+            }
+            None => {
+                self.fused_experts = self.fused_experts.max(fused_experts());
+                &mut self.fused
+            }
+        };
+        share.bytes += size.bytes;
+        share.parameters += size.parameters;
+    }
+}
+
 impl ExpertBlock {
     /// Runs of experts of equal size, in order: how many, and how large each is.
     #[must_use]
@@ -251,37 +331,6 @@ fn mtp_layers_from(config: &Config) -> Option<u64> {
 /// The part of a pattern before its first number: what tells an encoder's layers from a decoder's.
 fn prefix_of(pattern: &str) -> &str {
     pattern.split_once("{}").map_or(pattern, |(prefix, _)| prefix)
-}
-
-fn count_expert(
-    blocks: &mut HashMap<BlockKey, BlockCount>,
-    inventory: &Inventory,
-    config: &Config,
-    tag: &Tag,
-    row: &Row,
-    mtp: bool,
-    size: ExpertSize,
-) {
-    let Some(experts) = &tag.experts else { return };
-    let depth = experts.block.matches("{}").count();
-    let mut indices = row.indices;
-    indices.iter_mut().skip(depth).for_each(|index| *index = 0);
-    // The key is looked up once per tensor; the borrowed form would need a second map.
-    let block = blocks.entry((experts.block.clone(), indices)).or_default();
-    block.mtp = mtp;
-    block.layer = tag.layer.map_or(0, |slot| row.indices[slot]);
-    if let Some(slot) = experts.index {
-        let number = usize::from(row.indices[slot]);
-        if block.numbered.len() <= number {
-            block.numbered.resize(number + 1, ExpertSize::default());
-        }
-        block.numbered[number].bytes += size.bytes;
-        block.numbered[number].parameters += size.parameters;
-    } else {
-        block.fused.bytes += size.bytes;
-        block.fused.parameters += size.parameters;
-        block.fused_experts = block.fused_experts.max(fused_experts(inventory.shape(row), config));
-    }
 }
 
 /// Experts in a fused tensor: its first dimension, unless the config's count says that rows of all experts are

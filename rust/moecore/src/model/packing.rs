@@ -6,9 +6,9 @@
 use std::collections::HashMap;
 
 use crate::dtype::Dtype;
-use crate::model::config::Config;
 use crate::header::inventory::{Inventory, Row};
 use crate::header::names::Indices;
+use crate::model::config::Config;
 
 /// Endings of tensors that belong to another tensor and hold no parameters of their own: scales, zero points, maps.
 /// Longer endings come before their own endings.

@@ -109,7 +109,8 @@ impl Reader<'_> {
             self.target.files.iter().cloned().partition(|name| check_name(name).is_ok());
         let mut selection = select::select(&safe);
         if !unsafe_names.is_empty() {
-            let message = format!("{} file names in the listing could leave the repo; they are not read", unsafe_names.len());
+            let message =
+                format!("{} file names in the listing could leave the repo; they are not read", unsafe_names.len());
             selection.warnings.push(message);
         }
         if selection.shards.is_empty() {
@@ -159,7 +160,9 @@ impl Reader<'_> {
             Ok(None) => Ok(()),
             Err(error) if error.kind() == ErrorKind::Cancelled => Err(error),
             Err(error) => {
-                checkpoint.warnings.push(format!("all weight files are counted, since the index cannot be used: {error}"));
+                checkpoint
+                    .warnings
+                    .push(format!("all weight files are counted, since the index cannot be used: {error}"));
                 Ok(())
             }
         }

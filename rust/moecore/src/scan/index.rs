@@ -28,7 +28,10 @@ impl Index {
     /// The files it names, each checked to stay in the index's folder.
     pub fn files(&self, file: &str) -> Result<Vec<String>> {
         let names: BTreeSet<&String> = self.weight_map.values().collect();
-        names.into_iter().map(|name| check_name(name).map(|()| name.clone()).map_err(|error| error.with_file(file))).collect()
+        names
+            .into_iter()
+            .map(|name| check_name(name).map(|()| name.clone()).map_err(|error| error.with_file(file)))
+            .collect()
     }
 
     /// How the index and the headers differ, as warnings.
@@ -76,7 +79,9 @@ mod tests {
             assert!(check_name(name).is_ok(), "{name}");
         }
         let long = "x".repeat(256);
-        for name in ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "c:\\x", "a\0", "a?b", "a#b", "%2e%2e/x", &long] {
+        for name in
+            ["../x", "a/../../x", "/etc/passwd", "a//b", "", ".", "c:\\x", "a\0", "a?b", "a#b", "%2e%2e/x", &long]
+        {
             assert!(check_name(name).is_err(), "{name}");
         }
     }

@@ -4,8 +4,8 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::header::Header;
-use crate::scan::MAX_CONFIG_LEN;
 use crate::scan::Checkpoint;
+use crate::scan::MAX_CONFIG_LEN;
 use crate::scan::index::{Index, MAX_INDEX_LEN};
 use crate::scan::select::{self, Selection};
 
@@ -115,7 +115,9 @@ fn list(folder: &Path) -> Result<Vec<String>> {
 
 fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
     let entries = std::fs::read_dir(folder).map_err(|source| io_error(folder, source))?;
-    Ok(entries.filter_map(|entry| entry.ok().and_then(|e| Some((e.file_name().into_string().ok()?, e.path())))).collect())
+    Ok(entries
+        .filter_map(|entry| entry.ok().and_then(|e| Some((e.file_name().into_string().ok()?, e.path()))))
+        .collect())
 }
 
 fn small(path: &Path, limit: u64) -> Result<Vec<u8>> {

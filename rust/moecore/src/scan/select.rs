@@ -58,7 +58,8 @@ pub fn select(files: &[String]) -> Selection {
             root.push(name);
         }
     }
-    let (consolidated, plain): (Vec<&str>, Vec<&str>) = root.into_iter().partition(|name| name.starts_with("consolidated"));
+    let (consolidated, plain): (Vec<&str>, Vec<&str>) =
+        root.into_iter().partition(|name| name.starts_with("consolidated"));
     selection.index = files.iter().find(|name| *name == "model.safetensors.index.json").cloned().or_else(|| {
         files.iter().find(|name| name.ends_with(".safetensors.index.json") && !name.contains('/')).cloned()
     });

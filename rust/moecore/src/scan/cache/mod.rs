@@ -91,7 +91,9 @@ mod tests {
     fn names_cannot_leave_the_folder() {
         let folder = tempfile::tempdir().unwrap();
         let cache = Cache::new(folder.path());
-        for (repo, commit) in [("org/../../x", "a/b"), ("org/name", "../../x"), ("org/name", ""), ("..", "a"), ("a\\b", "c")] {
+        for (repo, commit) in
+            [("org/../../x", "a/b"), ("org/name", "../../x"), ("org/name", ""), ("..", "a"), ("a\\b", "c")]
+        {
             assert!(!cache.store("http://hub", repo, commit, &entry()), "{repo} {commit}");
         }
         assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
