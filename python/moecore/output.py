@@ -114,8 +114,8 @@ class Collected:
 
         from moecore import render
 
-        # A file or a pipe has no width of its own; 120 columns hold the widest page.
-        console = Console(file=stream, width=None if stream.isatty() else 120)
+        # A file or a pipe has no width of its own; 132 columns hold the widest table.
+        console = Console(file=stream, width=None if stream.isatty() else 132)
         if len(self._reports) == 1:
             console.print(render.page(self._reports[0]))
         elif self._reports:

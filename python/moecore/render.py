@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.panel import Panel
@@ -36,14 +37,14 @@ _ROLES = [
 ]
 
 
-def size(count: int) -> str:
+def size(count: int, digits: int = 2) -> str:
     """Bytes in the largest binary unit that keeps the number above one: ``57.00 GiB``."""
     value = float(count)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
             break
         value /= 1024
-    return f"{count} B" if unit == "B" else f"{value:.2f} {unit}"
+    return f"{count} B" if unit == "B" else f"{value:.{digits}f} {unit}"
 
 
 def number(count: int) -> str:
@@ -84,7 +85,7 @@ def page(report: ScanReport) -> RenderableType:
             row(label, weights.by_role[role], number(params.by_role[role]), colour)
     if arch.num_experts:
         row("routed experts", weights.routed_experts, number(params.routed), "red", head=True)
-        note = f"  {arch.moe_layers} layers × {arch.num_experts} experts × {size(weights.per_expert)}"
+        note = f"  {arch.moe_layers} × {arch.num_experts} × {size(weights.per_expert)}"
         table.add_row(Text(note, style="dim"))
     table.add_row(Text("total weights", style="bold"), size(weights.total), "", "", number(params.checkpoint))
     parts += [table, Text(), _cache(kv)]
@@ -158,11 +159,12 @@ def _cost(report: ScanReport) -> str:
 
 def overview(reports: Iterable[ScanReport]) -> Table:
     """Many reports as a table, one line each."""
-    table = Table(header_style="bold", row_styles=["", "dim"], pad_edge=False)
-    table.add_column("model", overflow="fold")
-    for title in ("parameters", "active", "experts", "base", "routed", "per expert", "KV cache"):
+    # The model's column takes what the figures leave, so that a narrow terminal cuts names and never figures.
+    table = Table(header_style="bold", pad_edge=False, box=box.SIMPLE_HEAD, expand=True)
+    table.add_column("model", no_wrap=True, ratio=1)
+    for title in ("params", "active", "top-k/E", "base", "routed", "an expert", "KV cache"):
         table.add_column(title, justify="right", no_wrap=True)
-    table.add_column("", min_width=12, no_wrap=True)
+    table.add_column("routed share", min_width=12, no_wrap=True)
     for report in reports:
         arch, params, weights, kv = report.architecture, report.parameters, report.bytes, report.kv_cache
         if arch is None or params is None or weights is None or kv is None:
@@ -174,10 +176,10 @@ def overview(reports: Iterable[ScanReport]) -> Table:
             number(params.total),
             number(params.active),
             f"{arch.experts_per_token}/{arch.num_experts}" if arch.num_experts else "dense",
-            size(weights.base),
-            size(weights.routed_experts),
-            size(weights.per_expert) if arch.num_experts else "",
-            "?" if kv.status == "unknown" else ("≥ " if kv.status == "bounded" else "") + size(kv.bytes),
+            size(weights.base, 1),
+            size(weights.routed_experts, 1),
+            size(weights.per_expert, 1) if arch.num_experts else "",
+            "?" if kv.status == "unknown" else ("≥ " if kv.status == "bounded" else "") + size(kv.bytes, 1),
             Text(bar(share, 12), style="red") if arch.num_experts else "",
         )
     return table

@@ -117,16 +117,31 @@ impl Inventory {
         self.shape(row).iter().product()
     }
 
-    /// Bytes of a row.
+    /// Bytes of a row. Headers guarantee that they are whole and fit.
     #[must_use]
     pub fn bytes(&self, row: &Row) -> u64 {
-        row.dtype.bytes_of(self.elements(row)).expect("headers refuse tensors that do not fill whole bytes")
+        row.dtype.bytes_of(self.elements(row)).unwrap_or(u64::MAX)
     }
 
     /// The tensor's name.
     #[must_use]
     pub fn name(&self, row: &Row) -> String {
         names::expand(&self.patterns.values[row.pattern as usize], row.indices)
+    }
+
+    /// Names that `other` lacks, at most `limit` of them in order, and how many there are.
+    #[must_use]
+    pub fn names_missing_from(&self, other: &Inventory, limit: usize) -> (Vec<String>, usize) {
+        let mut known: Vec<(u32, Indices)> = other.rows.iter().map(|row| (row.pattern, row.indices)).collect();
+        known.sort_unstable();
+        let numbers: Vec<Option<u32>> =
+            self.patterns.values.iter().map(|pattern| other.patterns.numbers.get(pattern).copied()).collect();
+        let is_known = |row: &&Row| {
+            numbers[row.pattern as usize].is_some_and(|number| known.binary_search(&(number, row.indices)).is_ok())
+        };
+        let mut missing: Vec<&Row> = self.rows.iter().filter(|row| !is_known(row)).collect();
+        missing.sort_unstable_by_key(|row| (row.pattern, row.indices));
+        (missing.iter().take(limit).map(|row| self.name(row)).collect(), missing.len())
     }
 
     /// Names that more than one file holds, at most `limit` of them, and how many there are.
@@ -167,6 +182,14 @@ mod tests {
         let names: Vec<_> = all.rows().iter().map(|row| all.name(row)).collect();
         assert_eq!(names, ["layers.0.w", "norm", "norm2", "layers.1.w"]);
         assert_eq!(all.bytes(&all.rows()[0]), 12);
+    }
+
+    #[test]
+    fn missing_names_are_told() {
+        let all = inventory(&["layers.0.w", "layers.1.w", "norm", "odd"]);
+        let (names, count) = all.names_missing_from(&inventory(&["norm", "layers.1.w", "more"]), 1);
+        assert_eq!((names, count), (vec!["layers.0.w".to_owned()], 2));
+        assert_eq!(all.names_missing_from(&all, 5), (vec![], 0));
     }
 
     #[test]

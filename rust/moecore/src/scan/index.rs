@@ -1,56 +1,122 @@
 //! `*.safetensors.index.json`: which file holds which tensor. Read for the file list, never trusted for sizes.
 
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::borrow::Cow;
+use std::collections::BTreeSet;
+use std::fmt;
 
-use serde::Deserialize;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, IgnoredAny, MapAccess, Visitor};
 
+use crate::dtype::Dtype;
 use crate::error::{Error, ErrorKind, Result};
-use crate::header::Inventory;
+use crate::header::{Inventory, names};
 
 /// Longest index that is read. DeepSeek-V3's is 9 MB.
 pub const MAX_INDEX_LEN: u64 = 64 << 20;
 
 /// A parsed index.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default)]
 pub struct Index {
-    weight_map: HashMap<String, String>,
+    /// The names, as tensors without shape: an index knows no more.
+    names: Inventory,
+    files: BTreeSet<String>,
 }
 
 impl Index {
     /// Parses an index; the error names `file`.
     pub fn parse(json: &[u8], file: &str) -> Result<Self> {
-        serde_json::from_slice(json).map_err(|source| {
+        let mut index = Self::default();
+        let mut deserializer = serde_json::Deserializer::from_slice(json);
+        Document(&mut index).deserialize(&mut deserializer).and_then(|()| deserializer.end()).map_err(|source| {
             let message = "not a safetensors index (an object with a weight_map of strings); download it again";
             Error::new(ErrorKind::InvalidConfig, message).with_file(file).with_source(source)
-        })
+        })?;
+        Ok(index)
     }
 
     /// The files it names, each checked to stay in the index's folder.
     pub fn files(&self, file: &str) -> Result<Vec<String>> {
-        let names: BTreeSet<&String> = self.weight_map.values().collect();
-        names
-            .into_iter()
-            .map(|name| check_name(name).map(|()| name.clone()).map_err(|error| error.with_file(file)))
-            .collect()
+        let checked = |name: &String| check_name(name).map(|()| name.clone()).map_err(|error| error.with_file(file));
+        self.files.iter().map(checked).collect()
     }
 
     /// How the index and the headers differ, as warnings.
     #[must_use]
     pub fn compare(&self, inventory: &Inventory, file: &str) -> Vec<String> {
-        let names: HashSet<String> = inventory.rows().iter().map(|row| inventory.name(row)).collect();
-        let absent: Vec<&String> = self.weight_map.keys().filter(|name| !names.contains(*name)).collect();
-        let unlisted: Vec<&String> = names.iter().filter(|name| !self.weight_map.contains_key(*name)).collect();
-        let mut warnings = Vec::new();
-        let mut report = |names: Vec<&String>, what: &str| {
-            if let Some(first) = names.iter().min() {
-                warnings.push(format!("{file}: {} tensors {what} (such as {first})", names.len()));
-            }
+        let told = |(names, count): (Vec<String>, usize), what: &str| {
+            names.first().map(|first| format!("{file}: {count} tensors {what} (such as {first})"))
         };
-        report(absent, "are in no header");
-        report(unlisted, "of the headers are not listed");
-        warnings
+        let absent = told(self.names.names_missing_from(inventory, 1), "are in no header");
+        let unlisted = told(inventory.names_missing_from(&self.names, 1), "of the headers are not listed");
+        absent.into_iter().chain(unlisted).collect()
     }
 }
+
+/// The whole file: an object of which only `weight_map` matters.
+struct Document<'a>(&'a mut Index);
+
+/// `weight_map`: tensor names to file names. A tensor costs no allocation.
+struct WeightMap<'a>(&'a mut Index);
+
+impl<'de> DeserializeSeed<'de> for Document<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for WeightMap<'_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_map(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Document<'_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object with a weight_map")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut found = false;
+        while let Some(key) = map.next_key::<Cow<'de, str>>()? {
+            if key == "weight_map" {
+                map.next_value_seed(WeightMap(self.0))?;
+                found = true;
+            } else {
+                map.next_value::<IgnoredAny>()?;
+            }
+        }
+        if found { Ok(()) } else { Err(A::Error::missing_field("weight_map")) }
+    }
+}
+
+impl<'de> Visitor<'de> for WeightMap<'_> {
+    type Value = ();
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("an object of tensor and file names")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<(), A::Error> {
+        let mut pattern = String::new();
+        while let Some((tensor, file)) = map.next_entry::<Text<'de>, Text<'de>>()? {
+            let indices = names::collapse(&tensor.0, &mut pattern);
+            self.0.names.add(&pattern, &[], Dtype::U8, indices);
+            if !self.0.files.contains(&*file.0) {
+                self.0.files.insert(file.0.into_owned());
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A string that is borrowed from the JSON where it holds no escapes.
+#[derive(serde::Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
 
 /// Refuses names that could leave their folder or their repo, or change the meaning of a URL.
 pub fn check_name(name: &str) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::scan::select::{self, Selection};
 /// Reads the headers of a local target. Bytes of weights are never read.
 pub fn scan_local(target: &Path) -> Result<Checkpoint> {
     let metadata = std::fs::metadata(target).map_err(|source| io_error(target, source))?;
-    let (folder, selection) = if metadata.is_dir() {
+    let (folder, (selection, index)) = if metadata.is_dir() {
         let files = list(target)?;
         (target.to_owned(), with_index(target, select::select(&files))?)
     } else {
@@ -23,11 +23,11 @@ pub fn scan_local(target: &Path) -> Result<Checkpoint> {
         let message = "holds no .safetensors file; other formats are not read";
         return Err(Error::new(ErrorKind::InvalidTarget, message).with_file(target.display().to_string()));
     }
-    read(&folder, selection)
+    read(&folder, selection, index.as_ref())
 }
 
 /// The selection of a target that is one file.
-fn single(folder: &Path, target: &Path) -> Result<Selection> {
+fn single(folder: &Path, target: &Path) -> Result<(Selection, Option<Index>)> {
     let name = target.file_name().and_then(|name| name.to_str()).unwrap_or_default().to_owned();
     let beside = select::select(&list(folder)?);
     let own = |shards: Vec<String>, index: Option<String>| Selection {
@@ -38,30 +38,31 @@ fn single(folder: &Path, target: &Path) -> Result<Selection> {
         ..Selection::default()
     };
     if name.ends_with(".safetensors") {
-        return Ok(own(vec![name], None));
+        return Ok((own(vec![name], None), None));
     }
     if name.ends_with(".index.json") {
-        let shards = Index::parse(&small(&folder.join(&name), MAX_INDEX_LEN)?, &name)?.files(&name)?;
-        return Ok(own(shards, Some(name)));
+        let index = Index::parse(&small(&folder.join(&name), MAX_INDEX_LEN)?, &name)?;
+        return Ok((own(index.files(&name)?, Some(name)), Some(index)));
     }
     let message = "is neither a folder nor a .safetensors or .safetensors.index.json file";
     Err(Error::new(ErrorKind::InvalidTarget, message).with_file(target.display().to_string()))
 }
 
 /// A local index is cheap to read, so it always has the word on which files count.
-fn with_index(folder: &Path, mut selection: Selection) -> Result<Selection> {
-    let Some(index) = selection.index.clone() else { return Ok(selection) };
-    let named = Index::parse(&small(&folder.join(&index), MAX_INDEX_LEN)?, &index)?.files(&index)?;
+fn with_index(folder: &Path, mut selection: Selection) -> Result<(Selection, Option<Index>)> {
+    let Some(name) = selection.index.clone() else { return Ok((selection, None)) };
+    let index = Index::parse(&small(&folder.join(&name), MAX_INDEX_LEN)?, &name)?;
+    let named = index.files(&name)?;
     // An index left behind by other files says nothing about the ones that are here.
     if named.iter().any(|name| selection.shards.contains(name)) {
         selection.missing = named.iter().filter(|name| !selection.shards.contains(*name)).cloned().collect();
         selection.shards = named.into_iter().filter(|name| selection.shards.contains(name)).collect();
     }
     selection.ambiguous_until = None;
-    Ok(selection)
+    Ok((selection, Some(index)))
 }
 
-fn read(folder: &Path, selection: Selection) -> Result<Checkpoint> {
+fn read(folder: &Path, selection: Selection, index: Option<&Index>) -> Result<Checkpoint> {
     let mut checkpoint = Checkpoint { warnings: selection.warnings, ..Checkpoint::default() };
     for name in &selection.shards {
         match Header::read(&folder.join(name)) {
@@ -91,9 +92,8 @@ fn read(folder: &Path, selection: Selection) -> Result<Checkpoint> {
             }
         }
     }
-    if let Some(index) = selection.index.filter(|_| checkpoint.failures.is_empty()) {
-        let parsed = Index::parse(&small(&folder.join(&index), MAX_INDEX_LEN)?, &index)?;
-        checkpoint.warnings.extend(parsed.compare(&checkpoint.inventory, &index));
+    if let (Some(index), Some(name), true) = (index, &selection.index, checkpoint.failures.is_empty()) {
+        checkpoint.warnings.extend(index.compare(&checkpoint.inventory, name));
     }
     Ok(checkpoint)
 }

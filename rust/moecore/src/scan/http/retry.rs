@@ -92,18 +92,13 @@ fn innermost(error: &reqwest::Error) -> String {
 }
 
 /// Whether TLS refused the server's certificate: no retry changes that.
-fn certificate_refused(error: &reqwest::Error) -> bool {
-    let mut next: Option<&dyn StdError> = Some(error);
-    while let Some(error) = next {
-        // An I/O error gives its payload's source as its own: the payload itself has to be asked for.
-        let payload = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-        let tls = error.downcast_ref::<rustls::Error>().or_else(|| payload?.downcast_ref::<rustls::Error>());
-        if matches!(tls, Some(rustls::Error::InvalidCertificate(_))) {
-            return true;
-        }
-        next = error.source();
+fn certificate_refused(error: &(dyn StdError + 'static)) -> bool {
+    if let Some(tls) = error.downcast_ref() {
+        return matches!(tls, rustls::Error::InvalidCertificate(_));
     }
-    false
+    // An I/O error gives its payload's source as its own: the payload itself has to be asked for.
+    let payload = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+    payload.is_some_and(|payload| certificate_refused(payload)) || error.source().is_some_and(certificate_refused)
 }
 
 #[cfg(test)]
@@ -127,6 +122,15 @@ mod tests {
         let first = random_unit();
         assert!((0.0..1.0).contains(&first));
         assert!((0..16).any(|_| (random_unit() - first).abs() > 1e-9));
+    }
+
+    #[test]
+    fn a_refused_certificate_is_found_below_io_errors() {
+        let refused = rustls::Error::InvalidCertificate(rustls::CertificateError::UnknownIssuer);
+        let nested = io::Error::other(io::Error::new(io::ErrorKind::InvalidData, refused));
+        assert!(certificate_refused(&nested));
+        assert!(!certificate_refused(&io::Error::other(rustls::Error::HandshakeNotComplete)));
+        assert!(!certificate_refused(&io::Error::from(io::ErrorKind::ConnectionReset)));
     }
 
     #[test]

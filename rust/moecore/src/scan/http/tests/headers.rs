@@ -1,5 +1,7 @@
 //! Headers from servers that behave, and from those that ignore or shorten ranges.
 
+use std::time::Duration;
+
 use super::server::{Reply, Server};
 use super::{client, file, header};
 use crate::ErrorKind;
@@ -130,7 +132,8 @@ async fn a_header_in_crumbs_is_refused() {
 async fn connections_are_used_again() {
     let bytes = file(1_000, 0);
     let server = Server::start(move |seen| match seen.path.as_str() {
-        "/f" => Reply::redirect("/g"),
+        // The redirect's body comes after its head: it has to be waited for.
+        "/f" => Reply::redirect("/g").drip(Duration::from_millis(1)),
         _ => Reply::file(seen, &bytes),
     });
     let client = client();
