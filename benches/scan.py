@@ -63,6 +63,13 @@ SMALL = {
 }  # fmt: skip
 TINY = "ibm-granite/granite-3.1-1b-a400m-base"
 
+NOTES = """\
+Medians; both tools in turns against the same server process, each with its own defaults (hf-mem: 6 connections for
+each repository on 2 cores; moecore: 16 repositories at a time). "CPU s" is the whole process with interpreter and
+imports; "the call alone" is one scan in a process that has imported everything, at 0 ms. Wall is the whole process.
+"Requests" leaves redirects out. MB counts all bodies. How it is done: [benches/README.md](../README.md).
+"""
+
 # What runs in the client processes. The figures of one call leave imports and the first call out, for both.
 HF_CLI = "from hf_mem.cli import main; main()"
 HF_CALL = """
@@ -384,6 +391,18 @@ def bulk_report(bench: Bench, what: str, repos: Sequence[Path]) -> str:
     return title + table([*head, "CPU / moecore", "wall / moecore", "runs"], rows)
 
 
+def command(args: Sequence[str]) -> str:
+    """How this was run, without the folders of this machine."""
+    pairs = zip(args, ["", *args], strict=False)
+    kept = [one for one, before in pairs if not any(flag in one + before for flag in ("--python", "--work"))]
+    return " ".join(["python", "benches/scan.py", *kept])
+
+
+def commit() -> str:
+    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    return git.stdout.strip() or "no commit"
+
+
 def versions(bench: Bench) -> str:
     code = (
         "import moecore, sys, huggingface_hub as h; print(moecore.__version__, sys.version.split()[0], h.__version__)"
@@ -394,7 +413,7 @@ def versions(bench: Bench) -> str:
     )
     theirs = subprocess.run([bench.hf_python, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     return (
-        f"moecore {ours[0]} (Python {ours[1]}, huggingface_hub {ours[2]}); "
+        f"moecore {ours[0]}, {commit()} (Python {ours[1]}, huggingface_hub {ours[2]}); "
         f"hf-mem {theirs[1]} (Python {theirs[0]}, httpx2 {theirs[2]})"
     )
 
@@ -424,14 +443,13 @@ def main() -> None:
             hub.add_folder(name, folders[name])
         for alias, name in {**fifty, **(thousand if args.thousand_runs else {})}.items():
             hub.add_folder(alias, folders[name], salt=alias)  # files of its own: nothing is shared by accident
-        parts = [f"# Scanning: moecore beside hf-mem\n\n{started}. {machine()}.  \n{versions(bench)}.  \n"
-                 f"Command: `python benches/scan.py {' '.join(sys.argv[1:])}`\n"]  # fmt: skip
+        busy = os.getloadavg()[0]
         calls = {}
         for name in SINGLE:
             for latency in LATENCIES:
                 bench.single(name, latency, args.runs)
             calls[name] = bench.calls(name, args.runs)
-        parts += [single_report(bench, name, folders[name], calls[name]) for name in SINGLE]
+        parts = [single_report(bench, name, folders[name], calls[name]) for name in SINGLE]
         for _ in range(args.bulk_runs):
             for latency in LATENCIES:
                 bench.bulk("50 repositories", list(fifty), latency, [SEQUENTIAL, EIGHT, MOECORE, REPEAT])
@@ -439,10 +457,15 @@ def main() -> None:
             parts.append(bulk_report(bench, "50 repositories", [folders[one] for one in fifty.values()]))
         for _ in range(args.thousand_runs):
             bench.bulk("1,000 repositories", list(thousand), 0, [EIGHT, MOECORE, REPEAT])
-            bench.bulk("1,000 repositories", list(thousand), 40, [MOECORE, REPEAT])
+            bench.bulk("1,000 repositories", list(thousand), 40, [EIGHT, MOECORE, REPEAT])
         if args.thousand_runs:
             parts.append(bulk_report(bench, "1,000 repositories", [folders[one] for one in thousand.values()]))
-    text = "\n".join(parts)
+    head = (
+        f"# Scanning: moecore beside hf-mem\n\n{started}. {machine()}.  \n{versions(bench)}.  \n"
+        f"Load average {busy:.1f} before and {os.getloadavg()[0]:.1f} after: other work on the machine is in the wall "
+        f"times.  \nCommand: `{command(sys.argv[1:])}`\n\n{NOTES}"
+    )
+    text = "\n".join([head, *parts])
     print(text)
     if args.output:
         args.output.write_text(text)

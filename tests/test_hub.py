@@ -399,6 +399,63 @@ def test_names_that_leave_the_repo_are_not_asked_for(hub: FakeHub, name: str, si
     assert not any(".." in path or "%2e" in path.lower() or "whoami" in path for path in hub_paths)
 
 
+HEX = "c" * 40
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        None,
+        [],
+        {},
+        {"sha": 5},
+        {"sha": "../../../api/whoami-v2?", "siblings": [{"rfilename": "model.safetensors"}]},
+        {"sha": "x/../../other/resolve/main", "siblings": [{"rfilename": "model.safetensors"}]},
+        {"sha": HEX, "siblings": "model.safetensors"},
+        {"sha": HEX, "siblings": [{"name": "model.safetensors"}]},
+        {"sha": HEX, "siblings": [{"rfilename": 7}]},
+        {"sha": HEX, "siblings": ["model.safetensors"]},
+        {"sha": HEX, "siblings": {"rfilename": "model.safetensors"}},
+    ],
+    ids=str,
+)
+def test_an_api_that_answers_nonsense_is_a_typed_error(hub: FakeHub, answer: Any) -> None:
+    hub.fault("/api/models/org/moe/revision", "status", status=200, body=answer, count=-1)
+    with pytest.raises(HubError):
+        scan(hub, token="hf_secret")
+    for one in hub.log():
+        assert ".." not in one.path
+        assert "whoami" not in one.path
+        assert "/other/" not in one.path
+
+
+@pytest.mark.parametrize("answer", [None, {}, "x", [7], [{"type": "file"}], [{"type": "file", "path": 7}]], ids=str)
+def test_a_listing_that_makes_no_sense_is_a_typed_error(hub: FakeHub, answer: Any) -> None:
+    hub.add("org/listed", MADE.files, siblings=False)
+    hub.fault("/tree/", "status", status=200, body=answer, count=-1)
+    with pytest.raises(HubError):
+        scan(hub, "org/listed")
+
+
+@pytest.mark.timeout(30)
+def test_a_listing_without_end_has_an_end(hub: FakeHub) -> None:
+    sha = hub.add("org/listed", MADE.files, siblings=False)
+    link = {"Link": f'<{hub.url}/api/models/org/listed/tree/{sha}?recursive=true&cursor=x>; rel="next"'}
+    rows = [{"type": "file", "path": "README.md", "size": 1, "oid": "0"}]
+    hub.fault("/tree/", "status", status=200, body=rows, headers=link, count=-1)
+    with pytest.raises(HubError):
+        scan(hub, "org/listed")
+    assert len(hub.log()) <= 2000
+
+
+def test_a_listing_that_goes_on_elsewhere_gets_no_token(hub: FakeHub) -> None:
+    hub.add("org/listed", MADE.files, siblings=False)
+    link = {"Link": f'<{hub.cdn}/api/models/org/listed/tree/x>; rel="next"'}
+    hub.fault("/tree/", "status", status=200, body=[], headers=link)
+    attempt(lambda: scan(hub, "org/listed", token="hf_secret"))
+    assert {one.authorization for one in hub.log() if one.origin == "cdn"} <= {None}
+
+
 @pytest.mark.parametrize("name", [*EVIL[:4], "http://127.0.0.1:1/x.safetensors", "//127.0.0.1:1/x.safetensors"])
 def test_names_in_an_index_file_that_leave_the_repo(hub: FakeHub, name: str) -> None:
     index = json.loads(MADE.files["model.safetensors.index.json"])  # type: ignore[arg-type]
@@ -826,6 +883,18 @@ def test_a_damaged_cache_is_fetched_again(hub: FakeHub, tmp_path: Path, damage: 
     hub.clear()
     scan(hub)
     assert len(hub.log()) == 1, "and the cache is whole again"
+
+
+def test_a_damaged_cache_of_a_repo_whose_listing_is_paged(hub: FakeHub, tmp_path: Path) -> None:
+    hub.add("org/paged", MADE.files, siblings=False)
+    scan(hub, "org/paged")
+    hub.clear()
+    check(scan(hub, "org/paged"))
+    assert len(hub.log()) == 1
+    for path in (tmp_path / "headers").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"noise")
+    check(scan(hub, "org/paged"))
 
 
 def test_a_cache_that_cannot_be_written(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

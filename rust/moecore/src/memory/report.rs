@@ -14,6 +14,7 @@ use crate::header::Inventory;
 use crate::memory::kv::{self, KvOptions, KvReport};
 use crate::model::attention::CachePlan;
 use crate::model::config::Config;
+use crate::model::families;
 use crate::model::layout::{ExpertBlock, ExpertSize, ModelLayout, TensorGroup};
 use crate::model::roles::Role;
 
@@ -138,7 +139,7 @@ impl MemoryReport {
         };
         let parsed = parse(config, "config.json");
         let quant_config = parse(quant_config, "hf_quant_config.json");
-        let known = parsed.unwrap_or_else(Config::empty);
+        let known = families::with_defaults(parsed.unwrap_or_else(Config::empty));
         let layout = ModelLayout::new(inventory, &known);
         let mut report = Self::new(&layout, &known, quant_config.as_ref().map(Config::root), options);
         if config.is_none() {
@@ -207,13 +208,18 @@ fn architecture(layout: &ModelLayout, config: &Config, quant_config: Option<&ser
 struct Active {
     parameters: u64,
     bytes: u64,
+    /// Routed parts that are among the roles every token passes.
+    counted_whole: ExpertSize,
 }
 
 impl Active {
     fn new(layout: &ModelLayout, config: &Config, warnings: &mut Vec<String>) -> Self {
-        let mut active = Self { parameters: 0, bytes: 0 };
+        let mut active = Self { parameters: 0, bytes: 0, counted_whole: ExpertSize::default() };
         let mut no_top_k = false;
-        for block in layout.main_blocks() {
+        // Routed attention is counted whole among what every token passes; what a token does not use comes off.
+        let routed =
+            layout.expert_blocks.iter().filter(|block| matches!(block.role, Role::RoutedExpert | Role::Attention));
+        for block in routed {
             let Some(top_k) =
                 config.experts_per_token(usize::from(block.layer)).or_else(|| config.experts_per_token(0))
             else {
@@ -225,6 +231,10 @@ impl Active {
             let share = |sum: u128| u64::try_from(sum * u128::from(top_k).min(count) / count).unwrap_or(u64::MAX);
             active.parameters += share(experts.iter().map(|size| u128::from(size.parameters)).sum());
             active.bytes += share(experts.iter().map(|size| u128::from(size.bytes)).sum());
+            if block.role == Role::Attention {
+                active.counted_whole.parameters += block.experts.iter().map(|size| size.parameters).sum::<u64>();
+                active.counted_whole.bytes += block.experts.iter().map(|size| size.bytes).sum::<u64>();
+            }
         }
         if no_top_k {
             warnings.push(
@@ -257,7 +267,7 @@ fn always(group: &TensorGroup) -> bool {
 
 fn parameters(layout: &ModelLayout, active: &Active) -> Parameters {
     let of = |role: Role| layout.sum(|group| group.role == role, |group| group.parameters);
-    let dense = layout.sum(always, |group| group.parameters);
+    let dense = layout.sum(always, |group| group.parameters) - active.counted_whole.parameters;
     let checkpoint = layout.sum(|_| true, |group| group.parameters);
     let mtp = of(Role::Mtp);
     Parameters {
@@ -293,7 +303,7 @@ fn bytes(layout: &ModelLayout, active: &Active) -> Bytes {
         per_moe_layer: layout.main_blocks().map(layer_bytes).max().unwrap_or(0),
         mtp_routed_experts: layout
             .sum(|group| group.role == Role::Mtp && group.nested == Role::RoutedExpert, |group| group.bytes),
-        active: read + active.bytes,
+        active: read + active.bytes - active.counted_whole.bytes,
         by_role: by_role(layout, |group| group.bytes),
         by_dtype,
     }
@@ -301,11 +311,11 @@ fn bytes(layout: &ModelLayout, active: &Active) -> Bytes {
 
 fn expert_groups(layout: &ModelLayout) -> Vec<ExpertGroup> {
     let mut groups: Vec<ExpertGroup> = Vec::new();
-    for block in &layout.expert_blocks {
+    for block in layout.expert_blocks.iter().filter(|block| block.role != Role::Attention) {
+        let mtp = block.role == Role::Mtp;
         for (experts, size) in block.size_groups() {
             let like = groups.iter_mut().find(|group| {
-                (group.experts, group.bytes, group.parameters, group.mtp)
-                    == (experts, size.bytes, size.parameters, block.mtp)
+                (group.experts, group.bytes, group.parameters, group.mtp) == (experts, size.bytes, size.parameters, mtp)
             });
             match like {
                 Some(group) => group.layers.push(block.layer),
@@ -314,7 +324,7 @@ fn expert_groups(layout: &ModelLayout) -> Vec<ExpertGroup> {
                     experts,
                     bytes: size.bytes,
                     parameters: size.parameters,
-                    mtp: block.mtp,
+                    mtp,
                 }),
             }
         }

@@ -3,7 +3,7 @@
 //! Only evidence counts. A layer whose cache no rule knows is [`LayerCache::unknown`], and the report says so.
 
 use crate::model::config::Config;
-use crate::model::families::{self, Sliding};
+use crate::model::families::{self, Family, Sliding};
 
 /// How many tokens of the past a layer keeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -104,7 +104,9 @@ impl CachePlan {
         if let Some(reason) = family.no_formula {
             return Self::unknown(format!("{model_type}: {reason}"));
         }
-        let config = &config.clone().with_defaults(family.defaults);
+        if let Some(key) = family.requires.iter().find(|key| config.get(key).is_none()) {
+            return Self::unknown(format!("config.json has no {key}"));
+        }
         if family.encoder_decoder {
             return encoder_decoder(config);
         }
@@ -112,7 +114,7 @@ impl CachePlan {
         else {
             return Self::unknown("config.json has no usable num_hidden_layers");
         };
-        let kinds = match kinds(config, family.sliding, layers) {
+        let kinds = match kinds(config, family, layers) {
             Ok(kinds) => kinds,
             Err(reason) => return Self::unknown(reason),
         };
@@ -130,6 +132,8 @@ impl CachePlan {
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum Kind {
     Full,
+    /// Sparse attention: reads a part of the past but keeps all of it, beside an indexer's keys.
+    Indexed,
     Sliding,
     /// Sliding or full: the config has a window and nothing says where.
     SlidingOrFull,
@@ -147,8 +151,7 @@ impl Kind {
     fn parse(name: &str) -> Self {
         match name {
             "full_attention" | "attention" | "global_attention" | "global" | "full" => Self::Full,
-            // Sparse attention reads a part of the past but keeps all of it, beside the indexer's keys.
-            "indexed_attention" | "deepseek_sparse_attention" => Self::Full,
+            "indexed_attention" | "deepseek_sparse_attention" | "minimax_m3_sparse" => Self::Indexed,
             "sliding_attention" | "local_attention" | "sliding" | "local" => Self::Sliding,
             "chunked_attention" => Self::Chunked,
             "linear_attention" => Self::Linear,
@@ -161,8 +164,12 @@ impl Kind {
     }
 }
 
+/// Keys of the n in "each n-th layer is full".
+const PERIODS: &[&str] = &["sliding_window_pattern", "_sliding_window_pattern", "global_attn_every_n_layers"];
+
 /// What each layer is, by the strongest evidence the config holds.
-fn kinds(config: &Config, sliding: Sliding, layers: usize) -> Result<Vec<Kind>, String> {
+fn kinds(config: &Config, family: &Family, layers: usize) -> Result<Vec<Kind>, String> {
+    let sliding = family.sliding;
     let from_list = |key: &str, parse: &dyn Fn(&serde_json::Value) -> Kind| -> Option<Result<Vec<Kind>, String>> {
         let list = config.list(key).filter(|list| !list.is_empty())?;
         if list.len() < layers {
@@ -182,6 +189,9 @@ fn kinds(config: &Config, sliding: Sliding, layers: usize) -> Result<Vec<Kind>, 
         if let Some(kinds) = from_list(key, &by_name) {
             return kinds;
         }
+    }
+    if let Some(name) = family.all_layers {
+        return Ok(vec![Kind::parse(name); layers]);
     }
     if let Some(pattern) = config.text_value("hybrid_override_pattern") {
         return pattern_letters(pattern, layers);
@@ -218,14 +228,14 @@ fn kinds(config: &Config, sliding: Sliding, layers: usize) -> Result<Vec<Kind>, 
     match sliding {
         Sliding::Never | Sliding::Chunked => Ok(vec![Kind::Full; layers]),
         Sliding::Always => Ok(vec![Kind::Sliding; layers]),
-        Sliding::Unless => Ok(vec![Kind::SlidingOrFull; layers]),
+        Sliding::Unstated => Ok(vec![Kind::SlidingOrFull; layers]),
         Sliding::IfUsed if config.flag("use_sliding_window") == Some(true) => {
             let from = config.int(&["max_window_layers"]).unwrap_or(0);
             Ok((0..layers).map(|at| if at as u64 >= from { Kind::Sliding } else { Kind::Full }).collect())
         }
         Sliding::IfUsed => Ok(vec![Kind::Full; layers]),
         Sliding::AllBut(default) => {
-            let period = config.int(&["sliding_window_pattern", "_sliding_window_pattern"]).unwrap_or(default).max(1);
+            let period = config.int(PERIODS).unwrap_or(default).max(1);
             every(period, period - 1, &Kind::Full, &Kind::Sliding)
         }
     }
@@ -259,6 +269,7 @@ fn layer(config: &Config, kind: &Kind, at: usize) -> LayerCache {
     let window = config.int(&["sliding_window", "sliding_window_size"]).unwrap_or(0);
     let result = match kind {
         Kind::Full => attention(config, at, Limit::Full),
+        Kind::Indexed => indexed(config, at),
         Kind::Sliding => attention(config, at, Limit::Window(window)),
         Kind::SlidingOrFull => attention(config, at, Limit::WindowOrFull(window)),
         Kind::Chunked => attention(config, at, Limit::Chunk(config.int(&["attention_chunk_size"]).unwrap_or(0))),
@@ -289,17 +300,17 @@ fn heads(config: &Config) -> Result<u64, String> {
 fn attention(config: &Config, at: usize, limit: Limit) -> Known {
     if let Some(rank) = config.int(&["kv_lora_rank"]) {
         let rope = need(config, &["qk_rope_head_dim"])?;
-        let indexer = config.int(&["index_head_dim"]).unwrap_or(0);
+        let indexer = indexer(config, at);
         let tokens = TokenCache { elements: rank + rope, latent_rope: Some(rope), indexer, limit };
         let kind = if indexer > 0 { "mla+indexer" } else { "mla" };
         return Ok(LayerCache { tokens: Some(tokens), ..LayerCache::none(kind) });
     }
     let windowed = matches!(limit, Limit::Window(_));
-    let head_dim = match config.int(&["head_dim", "attention_head_dim", "d_kv", "kv_channels"]) {
+    let head_dim = match config.int_of_layer(&["head_dim", "attention_head_dim", "d_kv", "kv_channels"], at) {
         Some(dim) => dim,
         None => hidden(config)? / heads(config)?.max(1),
     };
-    let kv_heads = match config.int_at(
+    let kv_heads = match config.int_of_layer(
         &["num_key_value_heads", "attn_config.kv_n_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"],
         at,
     ) {
@@ -312,7 +323,8 @@ fn attention(config: &Config, at: usize, limit: Limit) -> Known {
     let (kv_heads, key_dim, value_dim) = if windowed {
         let key_dim = own(&["swa_head_dim"], head_dim);
         let value_dim = own(&["swa_v_head_dim"], own(&["v_head_dim"], key_dim));
-        (own(&["swa_num_key_value_heads"], kv_heads), key_dim, value_dim)
+        let factor = families::find(config).map_or(1, |family| family.window_kv_heads);
+        (own(&["swa_num_key_value_heads"], kv_heads * factor), key_dim, value_dim)
     } else {
         let key_dim = own(&["global_head_dim"], head_dim);
         (own(&["num_global_key_value_heads"], kv_heads), key_dim, own(&["v_head_dim"], key_dim))
@@ -325,6 +337,20 @@ fn attention(config: &Config, at: usize, limit: Limit) -> Known {
     };
     let tokens = TokenCache { elements: kv_heads * (key_dim + value_dim), latent_rope: None, indexer: 0, limit };
     Ok(LayerCache { tokens: Some(tokens), ..LayerCache::none(kind) })
+}
+
+/// Width of a layer's indexer keys. Layers whose type is "shared" read those of a layer before.
+fn indexer(config: &Config, at: usize) -> u64 {
+    let shared = config.list("indexer_types").and_then(|types| types.get(at)?.as_str()) == Some("shared");
+    config.int(&["index_head_dim"]).filter(|_| !shared).unwrap_or(0)
+}
+
+fn indexed(config: &Config, at: usize) -> Known {
+    let mut layer = attention(config, at, Limit::Full)?;
+    if let Some(tokens) = &mut layer.tokens {
+        tokens.indexer = indexer(config, at);
+    }
+    Ok(layer)
 }
 
 fn state(kind: &'static str, recurrent: u64, dtype: StateDtype, conv: u64) -> Known {
@@ -350,11 +376,10 @@ fn linear(config: &Config) -> Known {
         let recurrent = value_heads * key_dim * value_dim;
         return state("gated_delta", recurrent, state_dtype(config, StateDtype::F32), channels * (kernel.max(1) - 1));
     }
-    if config.get("linear_attn_config").is_some() {
+    if let Some(heads) = config.int(&["linear_attn_config.num_heads", "linear_num_heads"]) {
         // Kimi delta attention: one square state a head, three convolutions.
-        let heads = need(config, &["linear_attn_config.num_heads"])?;
-        let dim = need(config, &["linear_attn_config.head_dim"])?;
-        let kernel = need(config, &["linear_attn_config.short_conv_kernel_size"])?;
+        let dim = need(config, &["linear_attn_config.head_dim", "linear_head_dim"])?;
+        let kernel = need(config, &["linear_attn_config.short_conv_kernel_size", "linear_conv_kernel_dim"])?;
         let conv = 3 * heads * dim * (kernel.max(1) - 1);
         return state("kda", heads * dim * dim, state_dtype(config, StateDtype::F32), conv);
     }
@@ -372,14 +397,16 @@ fn mamba(config: &Config) -> Known {
     let state_size = need(config, &["ssm_state_size", "mamba_d_state", "state_size"])?;
     let expand = || config.int(&["mamba_expand", "expand"]).unwrap_or(2);
     let dtype = state_dtype(config, StateDtype::Model);
-    let Some(heads) = config.int(&["mamba_num_heads", "mamba_n_heads", "n_mamba_heads"]) else {
-        let inner = expand() * hidden(config)?;
+    let inner = config.int(&["mamba_d_ssm", "mamba_intermediate_size"]);
+    let inner = inner.map_or_else(|| hidden(config).map(|hidden| expand() * hidden), Ok)?;
+    let own = &["mamba_num_heads", "mamba_n_heads", "n_mamba_heads"];
+    let Some(heads) = config.int(own).or_else(|| config.int(&["num_heads"])) else {
         return state("mamba", inner * state_size, dtype, inner * (kernel - 1));
     };
-    let head_dim = match config.int(&["mamba_head_dim", "mamba_d_head", "mamba_headdim"]) {
-        Some(dim) => dim,
-        None => expand() * hidden(config)? / heads.max(1),
-    };
+    // In a model of mixers alone, `head_dim` is the mixer's.
+    let alone = if config.int(own).is_none() { config.int(&["head_dim"]) } else { None };
+    let head_dim = config.int(&["mamba_head_dim", "mamba_d_head", "mamba_headdim"]).or(alone);
+    let head_dim = head_dim.unwrap_or_else(|| inner / heads.max(1));
     let groups = config.int(&["n_groups", "mamba_n_groups", "mamba_ngroups"]).unwrap_or(1);
     let inner = heads * head_dim;
     state("mamba2", inner * state_size, dtype, (inner + 2 * groups * state_size) * (kernel - 1))

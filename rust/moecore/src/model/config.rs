@@ -100,6 +100,13 @@ impl Config {
         })
     }
 
+    /// The first of `keys` for a layer: its own entry in `per_layer_config`, else the model's number or its list.
+    #[must_use]
+    pub fn int_of_layer(&self, keys: &[&str], layer: usize) -> Option<u64> {
+        let own = self.get("per_layer_config").and_then(|layers| layers.get(layer.to_string()));
+        own.and_then(|own| keys.iter().find_map(|key| as_int(own.get(key)?))).or_else(|| self.int_at(keys, layer))
+    }
+
     /// A boolean.
     #[must_use]
     pub fn flag(&self, key: &str) -> Option<bool> {
@@ -140,7 +147,8 @@ impl Config {
     /// Transformer layers of the language model.
     #[must_use]
     pub fn layers(&self) -> Option<u64> {
-        self.int(&["num_hidden_layers", "n_layers", "num_layers", "n_layer"])
+        let listed = || ["layers_block_type", "layer_types"].iter().find_map(|key| Some(self.list(key)?.len() as u64));
+        self.int(&["num_hidden_layers", "n_layers", "num_layers", "n_layer"]).or_else(listed)
     }
 
     /// Routed experts of a layer; the largest where layers differ.

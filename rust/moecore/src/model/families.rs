@@ -17,8 +17,8 @@ pub enum Sliding {
     AllBut(u64),
     /// Layers are chunked but for each fourth (Llama-4).
     Chunked,
-    /// Not known.
-    Unless,
+    /// The config says it layer by layer, or the answer is a range.
+    Unstated,
 }
 
 /// One row of the table.
@@ -32,114 +32,66 @@ pub struct Family {
     pub defaults: &'static [(&'static str, u64)],
     /// Attention blocks, and so caches, in one layer.
     pub caches_per_layer: usize,
+    /// What every layer is, by the names of `layer_types`, for families that have no list.
+    pub all_layers: Option<&'static str>,
+    /// KV heads of a windowed layer for each of a full one, where `swa_num_key_value_heads` is left out.
+    pub window_kv_heads: u64,
     /// The decoder also keeps the encoder's keys and values.
     pub encoder_decoder: bool,
+    /// Keys that the config class works out in ways not known here: without one of them there is no figure.
+    pub requires: &'static [&'static str],
     /// Why there is no formula.
     pub no_formula: Option<&'static str>,
 }
 
 const BASE: Family = Family {
     model_types: &[],
-    sliding: Sliding::Never,
+    sliding: Sliding::Unstated,
     defaults: &[],
     caches_per_layer: 1,
+    all_layers: None,
+    window_kv_heads: 1,
     encoder_decoder: false,
+    requires: &[],
     no_formula: None,
 };
 
+#[rustfmt::skip] // one name a line would hide the table
 const FAMILIES: &[Family] = &[
-    // Plain attention or MLA; layer kinds, if there are several, are in the config.
+    // Attention or MLA, with an indexer or without; layer kinds, if there are several, are in the config.
     Family {
         model_types: &[
-            "afmoe",
-            "apertus",
-            "arcee",
-            "aria_text",
-            "bailing_moe",
-            "bailing_moe_v2",
-            "bitnet",
-            "chatglm",
-            "dbrx",
-            "deepseek",
-            "deepseek_v2",
-            "deepseek_v3",
-            "deepseek_v32",
-            "dots1",
-            "ernie4_5",
-            "ernie4_5_moe",
-            "ernie4_5_moe_vl",
-            "ernie4_5_vl_moe",
-            "ernie4_5_vl_moe_text",
-            "exaone4",
-            "exaone_moe",
-            "falcon",
-            "flex_olmo",
-            "gemma",
-            "glm",
-            "glm4",
-            "glm4_moe",
-            "glm4_moe_lite",
-            "glm4v_moe",
-            "glm4v_moe_text",
-            "glm_moe_dsa",
-            "gpt2",
-            "gpt_bigcode",
-            "gpt_neox",
-            "gptj",
-            "granite",
-            "granitemoe",
-            "granitemoeshared",
-            "hunyuan",
-            "hunyuan_v1_dense",
-            "hunyuan_v1_moe",
-            "internlm2",
-            "internlm3",
-            "kimi_k2",
-            "llama",
-            "mimo_v2_flash",
-            "minimax_m2",
-            "mistral4",
-            "mpt",
-            "nemotron",
-            "olmo",
-            "olmo2",
-            "olmo3",
-            "olmoe",
-            "opt",
-            "persimmon",
-            "phi",
-            "seed_oss",
-            "smollm3",
-            "solar_open",
-            "stablelm",
-            "step3p5",
-            "step3p7",
-            "grok-1",
-            "axk1",
+            "apertus", "arcee", "aria", "aria_text", "axk1", "axk2", "bailing_moe", "bailing_moe_v2", "beam", "bitnet",
+            "chatglm", "dbrx", "deepseek", "deepseek_ocr2", "deepseek_ocr2_text", "deepseek_v2", "deepseek_v3",
+            "deepseek_v32", "diffusion_gemma_text", "dots1", "ernie4_5", "ernie4_5_moe", "ernie4_5_moe_vl",
+            "ernie4_5_vl_moe", "ernie4_5_vl_moe_text", "falcon", "flex_olmo", "flint", "gemma", "glm", "glm4",
+            "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm_moe_dsa", "gpt2", "gpt_bigcode", "gpt_neox",
+            "gptj", "granite", "granitemoe", "granitemoe_swa", "granitemoeshared", "grok-1", "hunyuan",
+            "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "internlm2", "internlm3", "jetmoe", "kimi_k2",
+            "kolibri1", "laguna", "llama", "mellum", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "mistral4",
+            "mpt", "muse_spark", "muse_spark_text", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon",
+            "phi", "qwen3_omni_moe_talker_text", "seed_oss", "smollm3", "solar_open", "stablelm", "step3p5", "step3p7",
         ],
         ..BASE
     },
-    Family { model_types: &["gpt_oss"], defaults: &[("head_dim", 64), ("sliding_window", 128)], ..BASE },
+    Family { model_types: &["hy_v4"], requires: &["indexer_types"], ..BASE },
+    Family { model_types: &["mimo_v2_flash"], window_kv_heads: 2, ..BASE },
     Family {
-        model_types: &["mistral", "mixtral", "phi3", "phimoe", "starcoder2", "ministral", "ministral3"],
+        model_types: &["gpt_oss"],
+        sliding: Sliding::AllBut(2),
+        defaults: &[("head_dim", 64), ("sliding_window", 128)],
+        ..BASE
+    },
+    Family { model_types: &["afmoe", "exaone4", "exaone_moe"], sliding: Sliding::AllBut(4), ..BASE },
+    Family {
+        model_types: &["doge", "mistral", "mixtral", "phi3", "phimoe", "starcoder2", "ministral", "ministral3"],
         sliding: Sliding::Always,
         ..BASE
     },
     Family {
         model_types: &[
-            "qwen2",
-            "qwen2_moe",
-            "qwen3",
-            "qwen3_moe",
-            "qwen2_vl",
-            "qwen2_vl_text",
-            "qwen2_5_vl",
-            "qwen2_5_vl_text",
-            "qwen3_vl",
-            "qwen3_vl_text",
-            "qwen3_vl_moe",
-            "qwen3_vl_moe_text",
-            "qwen3_omni_moe_text",
+            "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text",
+            "qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen3_omni_moe_text",
         ],
         sliding: Sliding::IfUsed,
         ..BASE
@@ -191,13 +143,22 @@ const FAMILIES: &[Family] = &[
             "lfm2_moe",
             "bamba",
             "granitemoehybrid",
-            "falcon_h1",
         ],
         ..BASE
     },
+    Family { model_types: &["falcon_h1"], all_layers: Some("hybrid"), ..BASE },
+    Family { model_types: &["mamba", "mamba2"], all_layers: Some("mamba"), ..BASE },
     // Two attention blocks in each layer.
     Family { model_types: &["longcat_flash"], caches_per_layer: 2, ..BASE },
-    Family { model_types: &["switch_transformers", "t5", "mt5", "umt5"], encoder_decoder: true, ..BASE },
+    // The number of experts a token uses is fixed in the code of these two.
+    Family {
+        model_types: &["switch_transformers"],
+        encoder_decoder: true,
+        defaults: &[("num_experts_per_tok", 1)],
+        ..BASE
+    },
+    Family { model_types: &["nllb-moe"], encoder_decoder: true, defaults: &[("num_experts_per_tok", 2)], ..BASE },
+    Family { model_types: &["t5", "mt5", "umt5"], encoder_decoder: true, ..BASE },
     Family {
         model_types: &["deepseek_v4"],
         no_formula: Some("its compressed caches have no published size formula"),
@@ -210,6 +171,15 @@ const FAMILIES: &[Family] = &[
 pub fn find(config: &Config) -> Option<&'static Family> {
     let by_name = |name: &str| FAMILIES.iter().find(|family| family.model_types.contains(&name));
     config.text_model_type().and_then(by_name).or_else(|| config.model_type().and_then(by_name))
+}
+
+/// The config with what its family's config class states and files leave out.
+#[must_use]
+pub fn with_defaults(config: Config) -> Config {
+    match find(&config) {
+        Some(family) => config.with_defaults(family.defaults),
+        None => config,
+    }
 }
 
 #[cfg(test)]

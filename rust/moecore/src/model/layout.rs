@@ -40,8 +40,8 @@ pub struct ExpertBlock {
     pub name: String,
     /// The layer's number.
     pub layer: u16,
-    /// Part of a multi-token-prediction module.
-    pub mtp: bool,
+    /// What the experts are: routed experts, experts of an MTP module, or attention heads that are routed (JetMoE).
+    pub role: Role,
     /// Bytes and logical parameters of each expert, by its number.
     pub experts: Vec<ExpertSize>,
 }
@@ -71,9 +71,8 @@ pub struct ModelLayout {
 }
 
 /// An expert block while it is counted.
-#[derive(Default)]
 struct BlockCount {
-    mtp: bool,
+    role: Role,
     layer: u16,
     numbered: Vec<ExpertSize>,
     fused: ExpertSize,
@@ -157,9 +156,8 @@ impl ModelLayout {
             if let Some((block, depth)) = kind.block.filter(|_| role != Role::Vision) {
                 let mut indices = row.indices;
                 indices.iter_mut().skip(depth).for_each(|index| *index = 0);
-                let block = blocks.entry((block, indices)).or_default();
-                block.mtp = role == Role::Mtp;
-                block.layer = layer.unwrap_or(0);
+                let layer = layer.unwrap_or(0);
+                let block = blocks.entry((block, indices)).or_insert_with(|| BlockCount::new(role, layer));
                 block.add(kind.tag.experts.as_ref().and_then(|experts| experts.index), row, size, || {
                     fused_experts(inventory.shape(row), config)
                 });
@@ -219,9 +217,9 @@ impl ModelLayout {
                     expert.parameters += share.parameters;
                 }
             }
-            self.expert_blocks.push(ExpertBlock { name, layer: block.layer, mtp: block.mtp, experts });
+            self.expert_blocks.push(ExpertBlock { name, layer: block.layer, role: block.role, experts });
         }
-        self.expert_blocks.sort_by(|a, b| (a.mtp, a.layer, &a.name).cmp(&(b.mtp, b.layer, &b.name)));
+        self.expert_blocks.sort_by(|a, b| (a.role, a.layer, &a.name).cmp(&(b.role, b.layer, &b.name)));
     }
 
     fn finish_warnings(&mut self, inventory: &Inventory, config: &Config, guessed: Vec<String>) {
@@ -246,9 +244,9 @@ impl ModelLayout {
         }
     }
 
-    /// Expert blocks of the model itself, without MTP modules.
+    /// Blocks of routed experts of the model itself: no MTP modules, no routed attention.
     pub fn main_blocks(&self) -> impl Iterator<Item = &ExpertBlock> {
-        self.expert_blocks.iter().filter(|block| !block.mtp)
+        self.expert_blocks.iter().filter(|block| block.role == Role::RoutedExpert)
     }
 
     /// Whether some block holds experts of different sizes (ERNIE-VL: text and vision experts).
@@ -286,8 +284,13 @@ impl Kind {
 }
 
 impl BlockCount {
-    /// Adds a tensor: to its expert, whose number is at `slot` of the name, or to all.
-    fn add(&mut self, slot: Option<usize>, row: &Row, size: ExpertSize, fused_experts: impl FnOnce() -> u64) {
+    fn new(role: Role, layer: u16) -> Self {
+        Self { role, layer, numbered: Vec::new(), fused: ExpertSize::default(), fused_experts: 0 }
+    }
+
+    /// Adds a tensor: to its expert, whose number is at `slot` of the name, or to all. What belongs to no expert alone
+    /// is left out.
+    fn add(&mut self, slot: Option<usize>, row: &Row, size: ExpertSize, fused_experts: impl FnOnce() -> Option<u64>) {
         let share = match slot.map(|slot| usize::from(row.indices[slot])) {
             Some(number) => {
                 if self.numbered.len() <= number {
@@ -296,7 +299,8 @@ impl BlockCount {
                 &mut self.numbered[number]
             }
             None => {
-                self.fused_experts = self.fused_experts.max(fused_experts());
+                let Some(experts) = fused_experts() else { return };
+                self.fused_experts = self.fused_experts.max(experts);
                 &mut self.fused
             }
         };
@@ -334,12 +338,14 @@ fn prefix_of(pattern: &str) -> &str {
 }
 
 /// Experts in a fused tensor: its first dimension, unless the config's count says that rows of all experts are
-/// stacked there (DBRX: `[experts * intermediate, hidden]`).
-fn fused_experts(shape: &[u64], config: &Config) -> u64 {
-    let first = shape.first().copied().unwrap_or(1);
-    match config.num_experts() {
-        Some(stated) if stated > 0 && (first == stated || (shape.len() == 2 && first.is_multiple_of(stated))) => stated,
-        _ => first,
+/// stacked there (DBRX: `[experts * intermediate, hidden]`). A vector of another length belongs to all experts and
+/// tells nothing (JetMoE's output bias).
+fn fused_experts(shape: &[u64], config: &Config) -> Option<u64> {
+    let first = shape.first().copied()?;
+    match config.num_experts().filter(|&stated| stated > 0) {
+        Some(stated) if first == stated => Some(stated),
+        Some(stated) if shape.len() == 2 && first.is_multiple_of(stated) => Some(stated),
+        _ => Some(first).filter(|_| shape.len() > 1),
     }
 }
 

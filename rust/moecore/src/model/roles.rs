@@ -78,7 +78,8 @@ pub struct Tag {
     pub recognised: bool,
     /// Which number of the name is the layer.
     pub layer: Option<usize>,
-    /// How the routed experts lie in it, for tensors whose nested role is [`Role::RoutedExpert`].
+    /// How the routed experts lie in it: of tensors whose nested role is [`Role::RoutedExpert`], and of attention that
+    /// is routed by heads.
     pub experts: Option<Experts>,
 }
 
@@ -123,6 +124,16 @@ impl<'a> Name<'a> {
         self.parts.iter().any(|part| *part != "norm_attn_norm" && part.to_ascii_lowercase().contains("norm"))
             || module.starts_with("ln_")
             || matches!(module.as_str(), "ln" | "ln1" | "ln2")
+    }
+
+    /// What mixes or scales residual streams, hyper-connections included.
+    fn is_residual(&self) -> bool {
+        self.parts.iter().any(|part| {
+            part.starts_with("hc_")
+                || part.contains("hyper_connection")
+                || part.contains("hidden_states_")
+                || (part.contains("residual") && !part.contains("mlp") && !part.contains("norm"))
+        })
     }
 
     fn in_attention(&self) -> bool {
@@ -174,7 +185,8 @@ const EMBEDDINGS: &[&str] = &[
     "embed_positions",
     "position_embeddings",
     "embed_tokens_per_layer",
-    "per_layer_model_projection",
+    "codec_embedding",
+    "shared",
     "tok_embeddings",
     "word_embeddings",
     "wte",
@@ -213,13 +225,31 @@ const DENSE: &[&str] = &[
     "mlp2",
 ];
 
-/// Learned odds and ends that are known and belong to no other role.
-const ODDMENTS: &[&str] = &["layer_scalar", "logit_scale", "altup", "laurel", "skip_scale", "residual_scale"];
+/// Learned odds and ends that are known and belong to no other role: scalars, residual gates, hyper-connections,
+/// Gemma's per-layer inputs.
+const ODDMENTS: &[&str] = &[
+    "layer_scalar",
+    "logit_scale",
+    "altup",
+    "laurel",
+    "skip_scale",
+    "per_layer_model_projection",
+    "per_layer_input_gate",
+    "per_layer_projection",
+    "attn_res",
+    "linear",
+    "lerope",
+    "rotary_emb",
+];
 
 type Rule = (Role, fn(&Name<'_>) -> bool);
 
 /// The rules, in order. MTP by layer number is settled per tensor, since a pattern does not hold it.
 const RULES: &[Rule] = &[
+    (Role::Norm, |n| n.is_norm()),
+    (Role::Other, |n| n.has(ODDMENTS) || n.is_residual() || (n.has(&["ple"]) && !n.has(&["ple_embedding"]))),
+    // JetMoE's mixture of attention heads is routed as well, and is attention all the same.
+    (Role::Attention, |n| n.has(EXPERT_BLOCKS) && n.has(&["self_attention", "self_attn"])),
     (Role::SharedExpert, |n| n.has(SHARED)),
     (Role::Router, |n| {
         n.has(&["router", "moe_statics"])
@@ -227,7 +257,6 @@ const RULES: &[Rule] = &[
             || (n.has(&["gate"]) && !n.in_attention())
             || matches!(n.module, "router_gate" | "moe_gate")
     }),
-    (Role::Norm, |n| n.is_norm()),
     (Role::RoutedExpert, |n| n.has(EXPERT_BLOCKS)),
     // Fused blocks without the word: Granite and JetMoE, Step, consolidated Mixtral, Doge's embedded experts.
     (Role::RoutedExpert, |n| {
@@ -237,12 +266,11 @@ const RULES: &[Rule] = &[
             || matches!(n.module, "down_embed" | "up_embed")
     }),
     (Role::LmHead, |n| n.has(HEADS) || TOP_HEADS.contains(&n.parts[0])),
-    (Role::Embedding, |n| EMBEDDINGS.contains(&n.module) || n.parts[0] == "shared" || n.has(&["ngram_embeddings"])),
+    (Role::Embedding, |n| EMBEDDINGS.contains(&n.module) || n.has(&["ngram_embeddings", "ple_embedding"])),
     // Nemotron-H calls every block a mixer; those with MLP projections are MLPs.
     (Role::DenseMlp, |n| n.has(&["mixer"]) && matches!(n.module, "up_proj" | "down_proj" | "gate_proj")),
-    (Role::Attention, |n| n.in_attention() || n.has(MIXERS)),
+    (Role::Attention, |n| n.in_attention() || n.has(MIXERS) || n.parts.iter().any(|part| part.ends_with("sconv"))),
     (Role::DenseMlp, |n| n.has(DENSE)),
-    (Role::Other, |n| n.has(ODDMENTS)),
 ];
 
 /// Reads a pattern. `rank` is the number of dimensions of its tensors.
@@ -263,7 +291,8 @@ pub fn classify(pattern: &str, rank: usize) -> Tag {
     } else {
         nested
     };
-    let experts = (nested == Role::RoutedExpert).then(|| experts(&name));
+    let routed = nested == Role::RoutedExpert || (nested == Role::Attention && name.has(EXPERT_BLOCKS) && !name.has(&["router"]));
+    let experts = routed.then(|| experts(&name));
     let first_is_expert = experts.as_ref().is_some_and(|experts| experts.index == Some(0));
     let layer = (pattern.contains("{}") && !first_is_expert).then_some(0);
     Tag { role, nested, buffer, recognised: buffer || rule.is_some() || role != nested, layer, experts }
@@ -275,7 +304,10 @@ fn is_mtp(name: &Name<'_>) -> bool {
 
 fn is_tower(name: &Name<'_>) -> bool {
     name.leading().iter().any(|part| {
-        TOWER_PARTS.contains(part) || part.ends_with("projector") || TOWERS.iter().any(|word| part.contains(word))
+        TOWER_PARTS.contains(part)
+            || part.contains("projector")
+            || part.starts_with("patch_mer")
+            || TOWERS.iter().any(|word| part.contains(word))
     })
 }
 

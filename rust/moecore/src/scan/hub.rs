@@ -12,12 +12,9 @@ use crate::scan::index::{Index, MAX_INDEX_LEN, check_name};
 use crate::scan::select::{self, Selection};
 use crate::scan::{Checkpoint, MAX_CONFIG_LEN};
 
-/// First range of a repo's first shard: 97 % of headers on the hub are shorter than 100 kB, and a shard of a large MoE
-/// is learnt from.
-const FIRST_RANGE: u64 = 64 << 10;
-
-/// With more shards than this, one is read ahead so that the others ask for the right range at once.
-const PROBE_ABOVE: usize = 4;
+/// First range of a repo's first shards: 97 % of headers on the hub are shorter than 100 kB. Later shards ask for what
+/// the first ones needed, see [`SizeHint`].
+const FIRST_RANGE: u64 = 96 << 10;
 
 /// A repo at a commit.
 #[derive(Debug)]
@@ -194,17 +191,10 @@ impl Reader<'_> {
     }
 
     /// Reads the headers of all `files`, many at once.
-    async fn shards(&self, mut files: Vec<String>) -> Shards {
+    async fn shards(&self, files: Vec<String>) -> Shards {
         let mut shards = Shards::default();
-        if files.len() > PROBE_ABOVE {
-            // The middle one: first and last shards hold embeddings and head, and fewer tensors.
-            let probe = files.swap_remove(files.len() / 2);
-            shards.take(self.task(probe).await);
-        }
         let mut tasks = JoinSet::new();
-        if !shards.hopeless() {
-            files.into_iter().for_each(|file| drop(tasks.spawn(self.task(file))));
-        }
+        files.into_iter().for_each(|file| drop(tasks.spawn(self.task(file))));
         while let Some(done) = tasks.join_next().await {
             match done {
                 Ok(result) => shards.take(result),
