@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import final
 
+__all__ = ["Scanner", "__version__"]
+
 __version__: str
 
 @final
@@ -33,9 +35,8 @@ class Scanner:
     ) -> str:
         """Scans a repo at a commit; returns the report as JSON."""
 
-    def scan_local(
-        self, *, path: str | Path, max_model_len: int | None, batch_size: int, kv_cache_dtype: str
-    ) -> str:
+    @staticmethod
+    def scan_local(*, path: str | Path, max_model_len: int | None, batch_size: int, kv_cache_dtype: str) -> str:
         """Scans a local folder or file; returns the report as JSON."""
 
     def has_cached(self, endpoint: str, repo: str, commit: str) -> bool:

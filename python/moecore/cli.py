@@ -16,7 +16,7 @@ from moecore.errors import MoecoreError, TargetError
 from moecore.output import FORMATS, finished_targets, open_sink
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Generator, Sequence
 
     from moecore.report import ScanReport
     from moecore.scan import Session
@@ -152,7 +152,7 @@ def _targets(arguments: argparse.Namespace) -> list[str]:
 
 def _reports(
     session: Session, targets: list[str], arguments: argparse.Namespace, *, skipped: int
-) -> Iterator[ScanReport]:
+) -> Generator[ScanReport, None, None]:
     """Reports as they come, under a progress line where a person watches a longer run."""
     reports = session.scan_many(targets, jobs=min(arguments.jobs, max(len(targets), 1)))
     with contextlib.closing(reports):

@@ -114,7 +114,9 @@ class _Session:
             files += [entry["path"] for entry in self._json(response, list) if entry.get("type") == "file"]
             following = response.links.get("next", {}).get("url")
             if following and urlsplit(following)[:2] != urlsplit(self.hub.endpoint)[:2]:
-                raise NetworkError(f"{self.repo}: the hub's file list goes on at another host; do not trust this endpoint")
+                raise NetworkError(
+                    f"{self.repo}: the hub's file list goes on at another host; do not trust this endpoint"
+                )
             url = following
         return files
 
@@ -145,7 +147,9 @@ class _Session:
             except (httpx2.HTTPError, httpx2.InvalidURL) as error:
                 if attempt == _RETRIES or not isinstance(error, httpx2.TransportError):
                     what = f"{type(error).__name__}: {error}"
-                    message = f"{self.repo}: {self.hub.endpoint} does not answer ({what}); check the network and HF_ENDPOINT"
+                    message = (
+                        f"{self.repo}: {self.hub.endpoint} does not answer ({what}); check the network and HF_ENDPOINT"
+                    )
                     raise NetworkError(message) from error
                 time.sleep(_backoff(attempt))
                 continue
@@ -164,7 +168,9 @@ class _Session:
         end = time.monotonic() + _LONGEST_PAUSE
         while (pause := self.scanner.pause_for(url)) > 0:
             if time.monotonic() + pause > end:
-                raise RateLimitError(f"{self.repo}: the hub asks to wait {pause:.0f} s; set HF_TOKEN or scan fewer repos")
+                raise RateLimitError(
+                    f"{self.repo}: the hub asks to wait {pause:.0f} s; set HF_TOKEN or scan fewer repos"
+                )
             if self.cancelled():
                 return
             time.sleep(min(pause, 0.2))
@@ -177,11 +183,15 @@ def _backoff(attempt: int) -> float:
 def _error(response: httpx2.Response, repo: str, revision: str) -> HubError:
     status, code = response.status_code, response.headers.get("X-Error-Code", "")
     if status == 403 or code == "GatedRepo":
-        return AccessError(f"{repo}: gated; accept the licence on the model's page and set HF_TOKEN to a token that may read it")
+        return AccessError(
+            f"{repo}: gated; accept the licence on the model's page and set HF_TOKEN to a token that may read it"
+        )
     if code == "RevisionNotFound":
         return NotFoundError(f"{repo}: no revision `{revision}`; check the branch, tag or commit")
     if status == 404 or code == "RepoNotFound":
-        return NotFoundError(f"{repo}: no such repo, or a private one; check the name, or set HF_TOKEN for a private repo")
+        return NotFoundError(
+            f"{repo}: no such repo, or a private one; check the name, or set HF_TOKEN for a private repo"
+        )
     if status == 401:
         return AccessError(f"{repo}: the hub does not accept the token, or wants one; set HF_TOKEN")
     if status == 429:
@@ -201,7 +211,9 @@ def offline_snapshot(repo: str, revision: str) -> tuple[str, str]:
     try:
         folder = snapshot_download(repo, revision=revision, local_files_only=True)
     except (LocalEntryNotFoundError, FileNotFoundError, ValueError) as error:
-        message = f"{repo}@{revision}: not in the local hub cache and the network is off; unset HF_HUB_OFFLINE or download it"
+        message = (
+            f"{repo}@{revision}: not in the local hub cache and the network is off; unset HF_HUB_OFFLINE or download it"
+        )
         raise OfflineError(message) from error
     return folder, os.path.basename(folder)  # noqa: PTH119 - a str stays a str
 

@@ -12,13 +12,13 @@ import json
 import os
 import sys
 import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from moecore.errors import FileError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from pathlib import Path
 
     from moecore.report import ScanReport
 
@@ -122,9 +122,7 @@ class Collected:
             console.print(render.overview(self._reports))
 
 
-def open_sink(
-    kind: str, path: Path | None, order: Sequence[str], stack: contextlib.ExitStack, *, append: bool
-) -> Sink:
+def open_sink(kind: str, path: Path | None, order: Sequence[str], stack: contextlib.ExitStack, *, append: bool) -> Sink:
     """The sink for a format. ``order`` is the order of targets where reports are held back.
 
     Raises:
@@ -161,7 +159,9 @@ def finished_targets(path: Path) -> set[str]:
         except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
             if at == len(lines) - 1:
                 break
-            raise FileError(f"{path}: line {at + 1} is no scan report; give the file that the earlier run wrote") from error
+            raise FileError(
+                f"{path}: line {at + 1} is no scan report; give the file that the earlier run wrote"
+            ) from error
         if status == "ok":
             kept.append(line if line.endswith("\n") else line + "\n")
             done.add(requested)

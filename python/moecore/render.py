@@ -110,7 +110,9 @@ def _summary(report: ScanReport) -> Text:
     text.append(f" · {arch.layers} layers")
     if arch.num_experts:
         shared = f" + {arch.shared_experts} shared" if arch.shared_experts else ""
-        text.append(f" · top-{arch.experts_per_token} of {arch.num_experts} experts{shared} in {arch.moe_layers} layers")
+        text.append(
+            f" · top-{arch.experts_per_token} of {arch.num_experts} experts{shared} in {arch.moe_layers} layers"
+        )
     dtypes = sorted(weights.by_dtype, key=lambda name: -weights.by_dtype[name])
     text.append(f" · {', '.join(dtypes[:3])}")
     if arch.quantization:

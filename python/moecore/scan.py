@@ -17,7 +17,7 @@ from moecore._core import Scanner, __version__
 from moecore.errors import CancelledError, MoecoreError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Generator, Iterable
 
     from moecore.report import ScanReport
 
@@ -61,7 +61,9 @@ class Target:
         bare = re.sub(r"^(?:https?://[^/]+/|hf://)", "", text).rstrip("/")
         repo, at, own_revision = bare.partition("@")
         if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or (at and not own_revision):
-            raise TargetError(f"{text!r}: neither a path that exists nor a repo id such as org/name or org/name@revision")
+            raise TargetError(
+                f"{text!r}: neither a path that exists nor a repo id such as org/name or org/name@revision"
+            )
         if own_revision and revision and own_revision != revision:
             raise TargetError(f"{text}: the revision is given twice, as {own_revision} and {revision}; give it once")
         return cls(requested=text, repo=repo, revision=own_revision or revision or "main")
@@ -135,7 +137,7 @@ def scan_many(
     token: str | bool | None = None,
     endpoint: str | None = None,
     cache: bool = True,
-) -> Iterator[ScanReport]:
+) -> Generator[ScanReport, None, None]:
     """Scans many targets, ``jobs`` at a time, and yields each report when it is complete.
 
     A target that fails gives a report with ``status`` "error"; it never ends the others. Closing the iterator cancels
@@ -170,7 +172,7 @@ class Session:
             return self._report(self._scan_folder(folder), parsed, commit, start)
         return self._scan_hub(parsed, start)
 
-    def scan_many(self, targets: Iterable[str | Path], *, jobs: int) -> Iterator[ScanReport]:
+    def scan_many(self, targets: Iterable[str | Path], *, jobs: int) -> Generator[ScanReport, None, None]:
         """See :func:`scan_many`."""
         with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="moecore-scan") as pool:
             futures = [pool.submit(self.attempt, target) for target in targets]
@@ -208,7 +210,7 @@ class Session:
 
     def _scan_folder(self, path: str) -> str:
         options = self._options
-        return self._scanner.scan_local(
+        return Scanner.scan_local(
             path=path,
             max_model_len=options.max_model_len,
             batch_size=options.batch_size,

@@ -49,7 +49,7 @@ impl Scanner {
         &self,
         py: Python<'_>,
         endpoint: String,
-        token: Option<String>,
+        token: Option<&str>,
         repo: String,
         commit: String,
         files: Vec<String>,
@@ -61,7 +61,7 @@ impl Scanner {
         let options = KvOptions { max_model_len, batch_size, dtype: kv_cache_dtype };
         let work = || {
             options.check()?;
-            let origin = Origin::new(&endpoint, token.as_deref())?;
+            let origin = Origin::new(&endpoint, token)?;
             let network = self.network()?;
             let cost = Arc::new(Cost::new());
             let context = Context {
@@ -77,9 +77,10 @@ impl Scanner {
     }
 
     /// Scans a local folder or file; returns the report as JSON.
+    #[staticmethod]
     #[pyo3(signature = (*, path, max_model_len, batch_size, kv_cache_dtype))]
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn scan_local(
-        &self,
         py: Python<'_>,
         path: PathBuf,
         max_model_len: Option<u64>,
@@ -105,6 +106,7 @@ impl Scanner {
     }
 
     /// Tells about an answer that somebody else got, so that a pause holds for all.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn note_response(&self, py: Python<'_>, url: &str, status: u16, headers: Vec<(String, String)>) -> PyResult<()> {
         let network = self.network().map_err(|error| to_python(py, &error))?;
         network.client.note_response(url, status, &headers);

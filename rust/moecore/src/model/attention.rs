@@ -353,8 +353,8 @@ fn indexed(config: &Config, at: usize) -> Known {
     Ok(layer)
 }
 
-fn state(kind: &'static str, recurrent: u64, dtype: StateDtype, conv: u64) -> Known {
-    Ok(LayerCache { state: Some(State { recurrent, dtype, conv }), ..LayerCache::none(kind) })
+fn state(kind: &'static str, recurrent: u64, dtype: StateDtype, conv: u64) -> LayerCache {
+    LayerCache { state: Some(State { recurrent, dtype, conv }), ..LayerCache::none(kind) }
 }
 
 /// The format the config states for recurrent states, else the mechanism's own.
@@ -374,20 +374,25 @@ fn linear(config: &Config) -> Known {
         let kernel = need(config, &["linear_conv_kernel_dim"])?;
         let channels = 2 * key_heads * key_dim + value_heads * value_dim;
         let recurrent = value_heads * key_dim * value_dim;
-        return state("gated_delta", recurrent, state_dtype(config, StateDtype::F32), channels * (kernel.max(1) - 1));
+        return Ok(state(
+            "gated_delta",
+            recurrent,
+            state_dtype(config, StateDtype::F32),
+            channels * (kernel.max(1) - 1),
+        ));
     }
     if let Some(heads) = config.int(&["linear_attn_config.num_heads", "linear_num_heads"]) {
         // Kimi delta attention: one square state a head, three convolutions.
         let dim = need(config, &["linear_attn_config.head_dim", "linear_head_dim"])?;
         let kernel = need(config, &["linear_attn_config.short_conv_kernel_size", "linear_conv_kernel_dim"])?;
         let conv = 3 * heads * dim * (kernel.max(1) - 1);
-        return state("kda", heads * dim * dim, state_dtype(config, StateDtype::F32), conv);
+        return Ok(state("kda", heads * dim * dim, state_dtype(config, StateDtype::F32), conv));
     }
     if config.text_model_type().is_some_and(|name| name.starts_with("minimax")) {
         // Lightning attention: one square state a head.
         let heads = heads(config)?;
         let dim = config.int(&["head_dim"]).map_or_else(|| Ok(hidden(config)? / heads.max(1)), Ok::<u64, String>)?;
-        return state("lightning", heads * dim * dim, state_dtype(config, StateDtype::Model), 0);
+        return Ok(state("lightning", heads * dim * dim, state_dtype(config, StateDtype::Model), 0));
     }
     mamba(config).map_err(|_| "no formula for this model's linear attention".to_owned())
 }
@@ -401,7 +406,7 @@ fn mamba(config: &Config) -> Known {
     let inner = inner.map_or_else(|| hidden(config).map(|hidden| expand() * hidden), Ok)?;
     let own = &["mamba_num_heads", "mamba_n_heads", "n_mamba_heads"];
     let Some(heads) = config.int(own).or_else(|| config.int(&["num_heads"])) else {
-        return state("mamba", inner * state_size, dtype, inner * (kernel - 1));
+        return Ok(state("mamba", inner * state_size, dtype, inner * (kernel - 1)));
     };
     // In a model of mixers alone, `head_dim` is the mixer's.
     let alone = if config.int(own).is_none() { config.int(&["head_dim"]) } else { None };
@@ -409,13 +414,13 @@ fn mamba(config: &Config) -> Known {
     let head_dim = head_dim.unwrap_or_else(|| inner / heads.max(1));
     let groups = config.int(&["n_groups", "mamba_n_groups", "mamba_ngroups"]).unwrap_or(1);
     let inner = heads * head_dim;
-    state("mamba2", inner * state_size, dtype, (inner + 2 * groups * state_size) * (kernel - 1))
+    Ok(state("mamba2", inner * state_size, dtype, (inner + 2 * groups * state_size) * (kernel - 1)))
 }
 
 fn conv(config: &Config) -> Known {
     let width = config.int(&["conv_dim"]).map_or_else(|| hidden(config), Ok)?;
     let kernel = need(config, &["conv_L_cache", "conv_kernel"])?.max(1);
-    state("short_conv", 0, StateDtype::Model, width * (kernel - 1))
+    Ok(state("short_conv", 0, StateDtype::Model, width * (kernel - 1)))
 }
 
 fn hybrid(config: &Config, at: usize) -> Known {

@@ -291,18 +291,16 @@ impl BlockCount {
     /// Adds a tensor: to its expert, whose number is at `slot` of the name, or to all. What belongs to no expert alone
     /// is left out.
     fn add(&mut self, slot: Option<usize>, row: &Row, size: ExpertSize, fused_experts: impl FnOnce() -> Option<u64>) {
-        let share = match slot.map(|slot| usize::from(row.indices[slot])) {
-            Some(number) => {
-                if self.numbered.len() <= number {
-                    self.numbered.resize(number + 1, ExpertSize::default());
-                }
-                &mut self.numbered[number]
+        let share = if let Some(slot) = slot {
+            let number = usize::from(row.indices[slot]);
+            if self.numbered.len() <= number {
+                self.numbered.resize(number + 1, ExpertSize::default());
             }
-            None => {
-                let Some(experts) = fused_experts() else { return };
-                self.fused_experts = self.fused_experts.max(experts);
-                &mut self.fused
-            }
+            &mut self.numbered[number]
+        } else {
+            let Some(experts) = fused_experts() else { return };
+            self.fused_experts = self.fused_experts.max(experts);
+            &mut self.fused
         };
         share.bytes += size.bytes;
         share.parameters += size.parameters;

@@ -185,8 +185,7 @@ impl<'a> Counter<'a> {
             if let Some(scale) = self.companion(&format!("{module}{ending}"), row) {
                 // NVFP4 has one scale for 16 parameters, MXFP4 one for 32; 8-bit formats have far fewer scales.
                 let scales: u64 = scale.iter().product();
-                let per_scale = if scales == 0 { 0 } else { stored * 2 / scales };
-                return if matches!(per_scale, 16 | 32) { 2 } else { 1 };
+                return if matches!((stored * 2).checked_div(scales), Some(16 | 32)) { 2 } else { 1 };
             }
         }
         1
@@ -233,7 +232,10 @@ mod tests {
     use super::*;
     use crate::header::names;
 
-    fn total(tensors: &[(&str, Dtype, &[u64])], config: &str) -> (u64, usize) {
+    /// Name, dtype and shape.
+    type Tensor<'a> = (&'a str, Dtype, &'a [u64]);
+
+    fn total(tensors: &[Tensor<'_>], config: &str) -> (u64, usize) {
         let mut inventory = Inventory::default();
         let mut pattern = String::new();
         for (name, dtype, shape) in tensors {
@@ -251,7 +253,7 @@ mod tests {
     #[test]
     fn every_packing_has_the_same_logical_parameters() {
         use Dtype::{BF16, F8E4M3, F16, F32, I8, I32, I64, U8, U32};
-        let cases: &[(&str, &[(&str, Dtype, &[u64])], &str)] = &[
+        let cases: &[(&str, &[Tensor<'_>], &str)] = &[
             ("plain", &[("a.0.weight", BF16, &[256, 512])], "{}"),
             ("fp8 block", &[("a.0.weight", F8E4M3, &[256, 512]), ("a.0.weight_scale_inv", F32, &[2, 4])], "{}"),
             (
@@ -339,7 +341,7 @@ mod tests {
 
     #[test]
     fn scale_parameters_without_a_weight_are_parameters() {
-        let tensors: &[(&str, Dtype, &[u64])] =
+        let tensors: &[Tensor<'_>] =
             &[("router.scale", Dtype::BF16, &[8]), ("router.proj.weight", Dtype::BF16, &[4, 8])];
         assert_eq!(total(tensors, "{}").0, 40);
     }

@@ -260,8 +260,7 @@ const RULES: &[Rule] = &[
     (Role::RoutedExpert, |n| n.has(EXPERT_BLOCKS)),
     // Fused blocks without the word: Granite and JetMoE, Step, consolidated Mixtral, Doge's embedded experts.
     (Role::RoutedExpert, |n| {
-        (n.rank == 3 && matches!(n.module, "input_linear" | "output_linear"))
-            || (n.rank == 3 && n.has(&["moe"]))
+        (n.rank == 3 && (n.has(&["moe"]) || matches!(n.module, "input_linear" | "output_linear")))
             || (n.has(&["block_sparse_moe"]) && matches!(n.module, "w1" | "w2" | "w3"))
             || matches!(n.module, "down_embed" | "up_embed")
     }),
@@ -282,8 +281,8 @@ pub fn classify(pattern: &str, rank: usize) -> Tag {
     let buffer = name.module == "inv_freq"
         || name.leaf == "masked_bias"
         || (name.leaf == "bias" && name.module == "attn" && rank == 4);
-    let rule = RULES.iter().find(|(_, matches)| matches(&name));
-    let nested = rule.map_or(Role::Other, |(role, _)| *role);
+    let found = RULES.iter().find(|(_, matches)| matches(&name));
+    let nested = found.map_or(Role::Other, |(role, _)| *role);
     let role = if is_mtp(&name) {
         Role::Mtp
     } else if is_tower(&name) {
@@ -291,11 +290,12 @@ pub fn classify(pattern: &str, rank: usize) -> Tag {
     } else {
         nested
     };
-    let routed = nested == Role::RoutedExpert || (nested == Role::Attention && name.has(EXPERT_BLOCKS) && !name.has(&["router"]));
+    let routed = nested == Role::RoutedExpert
+        || (nested == Role::Attention && name.has(EXPERT_BLOCKS) && !name.has(&["router"]));
     let experts = routed.then(|| experts(&name));
     let first_is_expert = experts.as_ref().is_some_and(|experts| experts.index == Some(0));
     let layer = (pattern.contains("{}") && !first_is_expert).then_some(0);
-    Tag { role, nested, buffer, recognised: buffer || rule.is_some() || role != nested, layer, experts }
+    Tag { role, nested, buffer, recognised: buffer || found.is_some() || role != nested, layer, experts }
 }
 
 fn is_mtp(name: &Name<'_>) -> bool {

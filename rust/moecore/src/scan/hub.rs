@@ -121,7 +121,7 @@ impl Reader<'_> {
             self.configs(&selection, checkpoint.config.is_none()),
             self.shards(selection.shards.iter().filter(|name| !checkpoint.files.contains(name)).cloned().collect())
         );
-        self.take_configs(config, &mut checkpoint);
+        take_configs(config, &mut checkpoint);
         let mut failures = shards.failures;
         for shard in shards.read {
             checkpoint.inventory.merge(&shard.inventory);
@@ -174,16 +174,6 @@ impl Reader<'_> {
         [config, quant_config]
     }
 
-    fn take_configs(&self, [config, quant_config]: [Result<Option<Vec<u8>>>; 2], checkpoint: &mut Checkpoint) {
-        for (result, place) in [(config, &mut checkpoint.config), (quant_config, &mut checkpoint.quant_config)] {
-            match result {
-                Ok(Some(bytes)) => *place = Some(bytes),
-                Ok(None) => {}
-                Err(error) => checkpoint.failures.push(error),
-            }
-        }
-    }
-
     async fn small(&self, name: &str, limit: u64) -> Result<Option<Vec<u8>>> {
         let Context { client, cancel, .. } = self.context;
         let url = self.target.origin.resolve_url(&self.target.repo, &self.target.commit, name)?;
@@ -194,7 +184,9 @@ impl Reader<'_> {
     async fn shards(&self, files: Vec<String>) -> Shards {
         let mut shards = Shards::default();
         let mut tasks = JoinSet::new();
-        files.into_iter().for_each(|file| drop(tasks.spawn(self.task(file))));
+        for file in files {
+            tasks.spawn(self.task(file));
+        }
         while let Some(done) = tasks.join_next().await {
             match done {
                 Ok(result) => shards.take(result),
@@ -219,6 +211,16 @@ impl Reader<'_> {
             let mut inventory = Inventory::default();
             inventory.add_header(&header);
             Ok(Shard { file, inventory, header_bytes: bytes.json.len() as u64 })
+        }
+    }
+}
+
+fn take_configs([config, quant_config]: [Result<Option<Vec<u8>>>; 2], checkpoint: &mut Checkpoint) {
+    for (result, place) in [(config, &mut checkpoint.config), (quant_config, &mut checkpoint.quant_config)] {
+        match result {
+            Ok(Some(bytes)) => *place = Some(bytes),
+            Ok(None) => {}
+            Err(error) => checkpoint.failures.push(error),
         }
     }
 }

@@ -67,14 +67,14 @@ impl Entry {
             return None;
         }
         let mut reader = Reader(payload);
-        let complete = reader.number()? == 1;
-        let header_bytes = reader.number()?;
-        let files = reader.texts()?;
-        let warnings = reader.texts()?;
-        let config = reader.blob()?;
-        let quant_config = reader.blob()?;
-        let inventory = reader.inventory()?;
-        Some(Self { files, inventory, header_bytes, config, quant_config, complete, warnings })
+        let mut entry = Self { complete: reader.number()? == 1, ..Self::default() };
+        entry.header_bytes = reader.number()?;
+        entry.files = reader.texts()?;
+        entry.warnings = reader.texts()?;
+        reader.blob(&mut entry.config)?;
+        reader.blob(&mut entry.quant_config)?;
+        entry.inventory = reader.inventory()?;
+        Some(entry)
     }
 }
 
@@ -97,7 +97,9 @@ impl Writer {
 
     fn texts(&mut self, texts: &[String]) {
         self.number(texts.len() as u64);
-        texts.iter().for_each(|text| self.bytes(text.as_bytes()));
+        for text in texts {
+            self.bytes(text.as_bytes());
+        }
     }
 
     fn inventory(&mut self, inventory: &Inventory) {
@@ -105,7 +107,9 @@ impl Writer {
         self.number(inventory.shapes().len() as u64);
         for shape in inventory.shapes() {
             self.number(shape.len() as u64);
-            shape.iter().for_each(|&dimension| self.number(dimension));
+            for &dimension in shape {
+                self.number(dimension);
+            }
         }
         let mut rows: Vec<&Row> = inventory.rows().iter().collect();
         let kind = |row: &Row| (row.pattern, row.shape, row.dtype);
@@ -161,10 +165,12 @@ impl Reader<'_> {
         Some(bytes.to_vec())
     }
 
-    fn blob(&mut self) -> Option<Option<Vec<u8>>> {
+    /// A blob that may be absent.
+    fn blob(&mut self, place: &mut Option<Vec<u8>>) -> Option<()> {
         let present = self.number()? == 1;
         let bytes = self.bytes()?;
-        Some(present.then_some(bytes))
+        *place = present.then_some(bytes);
+        Some(())
     }
 
     fn texts(&mut self) -> Option<Vec<String>> {

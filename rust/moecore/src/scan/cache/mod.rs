@@ -35,6 +35,7 @@ impl Cache {
     }
 
     /// Stores the entry of a commit; says whether it could.
+    #[must_use]
     pub fn store(&self, endpoint: &str, repo: &str, commit: &str, entry: &Entry) -> bool {
         let Some(path) = self.path(endpoint, repo, commit) else { return false };
         let write = || -> std::io::Result<()> {
