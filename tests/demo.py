@@ -1,12 +1,16 @@
 """The main job on real metadata, without a network: `make demo`.
 
-Rebuilds checkpoints from their real names, shapes and configs (header bytes, no weights) and scans them.
+Rebuilds checkpoints from their real names, shapes and configs (header bytes, no weights) and scans them. With
+`--picture FILE.svg` it draws what the terminal shows, for the README.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -14,19 +18,38 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+from typing import TYPE_CHECKING
+
 import realrepo
 
-#: One page for the first, one line for each.
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+#: One page for the first, one line for each of the others.
 MODELS = [
     "Qwen/Qwen3-30B-A3B",
     "deepseek-ai/DeepSeek-V3",
+    "moonshotai/Kimi-K2-Instruct",
     "openai/gpt-oss-120b",
     "mistralai/Mixtral-8x7B-v0.1",
     "meta-llama/Llama-4-Scout-17B-16E-Instruct",
     "Qwen/Qwen3.5-35B-A3B",
-    "moonshotai/Kimi-K2-Instruct",
     "meta-llama/Llama-3.1-8B",
 ]
+
+
+@contextlib.contextmanager
+def repos() -> Iterator[None]:
+    """The models in a temporary folder, which is the working folder meanwhile."""
+    before = Path.cwd()
+    with tempfile.TemporaryDirectory(prefix="moecore-demo-") as folder:
+        for name in MODELS:
+            realrepo.build(name, Path(folder) / name)
+        os.chdir(folder)
+        try:
+            yield
+        finally:
+            os.chdir(before)
 
 
 def show(*arguments: str) -> None:
@@ -35,18 +58,34 @@ def show(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "moecore", *arguments], check=True)
 
 
+def draw(path: Path) -> None:
+    """Writes the page of the first model and the table of all as SVG."""
+    import moecore
+    from moecore import render
+    from rich.console import Console
+
+    console = Console(record=True, width=128, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(f"[bold]$ moecore scan {MODELS[0]}[/]")
+    console.print(render.page(moecore.scan(MODELS[0])))
+    console.print(f"\n[bold]$ moecore scan {MODELS[1]} {MODELS[2]} …[/]")
+    console.print(render.overview([moecore.scan(name) for name in MODELS[1:]]))
+    picture = console.export_svg(title="moecore scan")
+    # The fonts of the reader's machine do; a picture fetches nothing.
+    path.write_text(re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL), encoding="utf-8")
+
+
 def main() -> None:
-    """Builds the repos in a temporary folder and scans them."""
-    with tempfile.TemporaryDirectory(prefix="moecore-demo-") as folder:
-        for name in MODELS:
-            realrepo.build(name, Path(folder) / name)
-        before = Path.cwd()
-        os.chdir(folder)
-        try:
+    """Shows the two commands, or draws them."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--picture", type=Path, metavar="FILE.svg", help="draw instead of show")
+    picture = parser.parse_args().picture
+    target = picture.resolve() if picture else None
+    with repos():
+        if target:
+            draw(target)
+        else:
             show("scan", MODELS[0])
             show("scan", *MODELS[1:])
-        finally:
-            os.chdir(before)
 
 
 if __name__ == "__main__":
