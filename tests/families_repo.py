@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import re
-import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from checkpoints.tensors import Tensor
+from checkpoints.writer import write_repo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FOLDER = Path(__file__).parent / "data" / "families"
-WIDTH = {"F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "BOOL": 1}
-
-
-class Tensor(NamedTuple):
-    name: str
-    dtype: str
-    shape: list[int]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * WIDTH[self.dtype]
 
 
 def names() -> list[str]:
@@ -44,7 +34,7 @@ def unfold(fixture: dict[str, Any]) -> Iterator[Tensor]:
         pieces = re.split(r"\{([^}]*)\}", entry["name"])
         for numbers in itertools.product(*map(_numbers, pieces[1::2])):
             filled = itertools.chain.from_iterable(itertools.zip_longest(pieces[::2], numbers, fillvalue=""))
-            yield Tensor("".join(map(str, filled)), entry["dtype"], entry["shape"])
+            yield Tensor("".join(map(str, filled)), entry["dtype"], tuple(entry["shape"]))
 
 
 def _numbers(run: str) -> list[int]:
@@ -56,19 +46,4 @@ def _numbers(run: str) -> list[int]:
 
 def write(fixture: dict[str, Any], folder: Path, *, config: dict[str, Any] | None = None) -> Path:
     """Writes the repository; the data section of the safetensors file is sparse."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config or fixture["config"]))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in unfold(fixture):
-        header[tensor.name] = {
-            "dtype": tensor.dtype,
-            "shape": tensor.shape,
-            "data_offsets": [end, end + tensor.bytes],
-        }
-        end += tensor.bytes
-    head = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as file:
-        file.write(struct.pack("<Q", len(head)) + head)
-        file.truncate(8 + len(head) + end)
-    return folder
+    return write_repo(folder, config or fixture["config"], unfold(fixture))

@@ -1,9 +1,9 @@
 """The table of errors of the compared tool, section 2.3: cases without any result.
 
 Numbers of rows are those of the accounting reference, section 2. Each expectation is the row's formula in bytes, not
-its rounded GiB; where a row prints GiB, the formula is held against it, too. Rows 18, 19, 20
-and 26 and the GGUF parts of 33 and 34 are about GGUF files, which are not scanned; of 33 the safetensors counterparts
-are here. The page limit of tree listings (34) needs a server and is tested with the fake hub.
+its rounded GiB; where a row prints GiB, the formula is held against it, too. Rows 18, 19, 20 and 26 and the GGUF
+parts of 33 and 34 are about GGUF files, which are not scanned; of 33 the safetensors counterparts are here.
+The page limit of tree listings (34) needs a server and is tested with the fake hub.
 """
 
 from __future__ import annotations

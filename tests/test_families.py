@@ -53,7 +53,7 @@ def test_the_whole_checkpoint_is_counted(case: tuple[dict[str, Any], Any]) -> No
     fixture, report = case
     tensors = list(families_repo.unfold(fixture))
     assert report["status"] == "ok"
-    assert report["bytes"]["total"] == sum(tensor.bytes for tensor in tensors)
+    assert report["bytes"]["total"] == sum(tensor.nbytes for tensor in tensors)
     assert sum(report["bytes"]["by_role"].values()) == report["bytes"]["total"]
     truth = fixture["truth"]
     # Lookup tables of integers are stored, and are no learnt parameters: either count is right, none other is.
@@ -206,7 +206,7 @@ def test_mtp_modules_stand_apart(name: str, tmp_path: Path) -> None:
             {"name": "mtp.pre_fc_norm_embedding.weight", "dtype": "BF16", "shape": [hidden]},
             {"name": "mtp.pre_fc_norm_hidden.weight", "dtype": "BF16", "shape": [hidden]},
         ]
-    extra = sum(tensor.bytes for tensor in families_repo.unfold({"tensors": own}))
+    extra = sum(tensor.nbytes for tensor in families_repo.unfold({"tensors": own}))
     both = {**fixture, "tensors": fixture["tensors"] + own}
     report = moecore.scan(str(families_repo.write(both, tmp_path)), max_model_len=40, batch_size=2).to_dict()
     truth = fixture["truth"]

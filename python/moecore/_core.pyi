@@ -3,9 +3,20 @@
 from pathlib import Path
 from typing import final
 
-__all__ = ["Scanner", "__version__"]
+__all__ = ["Cancel", "Scanner", "__version__"]
 
 __version__: str
+
+@final
+class Cancel:
+    """Ends the scans it was given to."""
+
+    def __new__(cls) -> Cancel: ...
+    def cancel(self) -> None:
+        """Ends running and future scans that have this switch, with `CancelledError`."""
+
+    def is_cancelled(self) -> bool:
+        """Whether `cancel` was called."""
 
 @final
 class Scanner:
@@ -32,6 +43,7 @@ class Scanner:
         batch_size: int,
         kv_cache_dtype: str,
         cache: bool,
+        cancel: Cancel,
     ) -> str:
         """Scans a repo at a commit; returns the report as JSON."""
 
@@ -50,6 +62,3 @@ class Scanner:
 
     def counters(self) -> tuple[int, int]:
         """Requests sent and bytes received so far."""
-
-    def cancel(self) -> None:
-        """Ends all running and future scans of this scanner with `CancelledError`."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from moecore import hub as _hub
 from moecore import report as _report
-from moecore._core import Scanner, __version__
+from moecore._core import Cancel, Scanner, __version__
 from moecore.errors import CancelledError, MoecoreError, TargetError
 
 if TYPE_CHECKING:
@@ -149,16 +149,30 @@ def scan_many(
     return Session(options).scan_many(targets, jobs=jobs)
 
 
+_scanner_lock = threading.Lock()
+_scanners: dict[tuple[int, Path], Scanner] = {}
+
+
+def _shared_scanner() -> Scanner:
+    """The process's one scanner: connections and pauses are shared by all scans. A forked process makes its own."""
+    key = (os.getpid(), cache_dir())
+    with _scanner_lock:
+        if key not in _scanners:
+            _scanners[key] = Scanner(cache_dir=key[1], user_agent=f"moecore/{__version__}")
+        return _scanners[key]
+
+
 class Session:
-    """Scans that share connections, pauses and a cancel switch."""
+    """Scans with the same options and one cancel switch."""
 
     def __init__(self, options: Options) -> None:
         self._options = options
-        self._scanner = Scanner(cache_dir=cache_dir(), user_agent=f"moecore/{__version__}")
-        self._cancelled = threading.Event()
+        self._scanner = _shared_scanner()
+        self._cancel = Cancel()
         self._hub: _hub.Hub | None = None
         self._hub_lock = threading.Lock()
         self._api_requests = 0
+        self._before = self._scanner.counters()
 
     def scan(self, target: str | Path) -> ScanReport:
         """See :func:`scan`."""
@@ -200,12 +214,11 @@ class Session:
 
     def cancel(self) -> None:
         """Ends running and future scans of this session."""
-        self._cancelled.set()
-        self._scanner.cancel()
+        self._cancel.cancel()
 
     def counters(self) -> tuple[int, int]:
-        """Requests sent and bytes received so far, API requests included in the first."""
-        requests, received = self._scanner.counters()
+        """Requests sent and bytes received since the session began, API requests included in the first."""
+        requests, received = (now - before for now, before in zip(self._scanner.counters(), self._before, strict=True))
         return requests + self._api_requests, received
 
     def _scan_folder(self, path: str) -> str:
@@ -219,13 +232,13 @@ class Session:
 
     def _scan_hub(self, target: Target, start: float) -> ScanReport:
         options = self._options
-        if self._cancelled.is_set():
+        if self._cancel.is_cancelled():
             raise CancelledError(f"{target.requested}: cancelled")
         with self._hub_lock:
             self._hub = self._hub or _hub.Hub.resolve(endpoint=options.endpoint, token=options.token)
         hub = self._hub
         commit = _hub.resolve_commit(
-            hub, self._scanner, target.repo, target.revision, cache=options.cache, cancelled=self._cancelled.is_set
+            hub, self._scanner, target.repo, target.revision, cache=options.cache, cancelled=self._cancel.is_cancelled
         )
         self._api_requests += commit.requests
         document = self._scanner.scan_hub(
@@ -238,6 +251,7 @@ class Session:
             batch_size=options.batch_size,
             kv_cache_dtype=options.kv_cache_dtype,
             cache=options.cache,
+            cancel=self._cancel,
         )
         report = self._report(document, target, commit.sha, start)
         cost = replace(

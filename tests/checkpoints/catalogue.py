@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
+    """How a repository is rebuilt."""
+
     build: Callable[[Json], list[Tensor]]
     shards: int | None = None  # published count; None: cut at 5 GB
     pattern: str = "model-{:05d}-of-{:05d}.safetensors"
@@ -37,6 +39,7 @@ class Entry:
 _DTYPES = "dtypes of router, norms and biases; shard borders"
 _BORDERS = "shard borders"
 _WRITTEN = "config written out from the published architecture; "
+
 CATALOGUE: dict[str, Entry] = {
     "MiniMaxAI/MiniMax-M2.5": Entry(
         minimax_m2, assumed="MTP modules are not shipped; router weight in F32; shard count and borders"
@@ -147,8 +150,10 @@ CATALOGUE: dict[str, Entry] = {
         ernie_vl, config=lambda: configs.ERNIE_VL, assumed=_WRITTEN + "without vision tower and resampler; " + _BORDERS
     ),
 }
+
 NAMES: tuple[str, ...] = tuple(CATALOGUE)
 """Every repository that can be rebuilt, as ``org/name``."""
+
 STORED: tuple[str, ...] = tuple(name for name, entry in CATALOGUE.items() if entry.config is None)
 """Those whose config.json is a real one, kept in ``data/models``."""
 

@@ -40,14 +40,17 @@ class Collector:
         self.linear(f"{prefix}.{down}", hidden, inner)
 
 
+# Mixtral's names of gate, up and down projection.
 W123 = ("w1", "w3", "w2")
 
 
 def head_dim(cfg: Mapping[str, Any]) -> int:
+    """The stated head size, or the hidden size shared out."""
     return int(cfg.get("head_dim") or cfg["hidden_size"] // cfg["num_attention_heads"])
 
 
 def gqa(c: Collector, prefix: str, cfg: Mapping[str, Any], *, bias: bool = False, o_bias: bool = False) -> None:
+    """Grouped-query attention: q, k, v and o projection."""
     hidden, head = cfg["hidden_size"], head_dim(cfg)
     heads, kv = cfg["num_attention_heads"], cfg["num_key_value_heads"]
     c.linear(f"{prefix}.q_proj", heads * head, hidden, bias)

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from .tensors import Json
 
 GPT_OSS_120B: Json = {"num_hidden_layers": 36, "num_local_experts": 128}  # on top of the 20b config
+
 QWEN3_NEXT: Json = {
     "architectures": ["Qwen3NextForCausalLM"],
     "model_type": "qwen3_next",
@@ -39,6 +40,7 @@ QWEN3_NEXT: Json = {
     "use_sliding_window": False,
     "vocab_size": 151936,
 }
+
 KIMI_LINEAR: Json = {
     "architectures": ["KimiLinearForCausalLM"],
     "model_type": "kimi_linear",
@@ -78,6 +80,7 @@ KIMI_LINEAR: Json = {
     "v_head_dim": 128,
     "vocab_size": 163840,
 }
+
 MINIMAX_TEXT_01: Json = {
     "architectures": ["MiniMaxText01ForCausalLM"],
     "model_type": "minimax_text_01",
@@ -99,6 +102,7 @@ MINIMAX_TEXT_01: Json = {
     "torch_dtype": "bfloat16",
     "vocab_size": 200064,
 }
+
 _SIGLIP: Json = {
     "hidden_size": 1152,
     "image_size": 896,
@@ -108,6 +112,7 @@ _SIGLIP: Json = {
     "num_hidden_layers": 27,
     "patch_size": 14,
 }
+
 GEMMA3_27B: Json = {
     "architectures": ["Gemma3ForConditionalGeneration"],
     "model_type": "gemma3",
@@ -127,6 +132,7 @@ GEMMA3_27B: Json = {
     "torch_dtype": "bfloat16",
     "vision_config": _SIGLIP,
 }
+
 # What Gemma-3-4B leaves to the class defaults: heads 8, kv heads 4, head_dim 256, pattern 6, context 131072.
 GEMMA3_4B: Json = {
     "architectures": ["Gemma3ForConditionalGeneration"],
@@ -143,6 +149,7 @@ GEMMA3_4B: Json = {
     "torch_dtype": "bfloat16",
     "vision_config": _SIGLIP,
 }
+
 MISTRAL_7B: Json = {
     "architectures": ["MistralForCausalLM"],
     "model_type": "mistral",
@@ -160,11 +167,13 @@ MISTRAL_7B: Json = {
     "torch_dtype": "bfloat16",
     "vocab_size": 32000,
 }
+
 # On top of the Mixtral config.
 MIXTRAL_GPTQ: Json = {
     "quantization_config": {"bits": 4, "desc_act": True, "group_size": 128, "quant_method": "gptq", "sym": True},
     "torch_dtype": "bfloat16",
 }
+
 ERNIE_VL: Json = {
     "architectures": ["Ernie4_5_VLMoeForConditionalGeneration"],
     "model_type": "ernie4_5_moe_vl",

@@ -45,6 +45,7 @@ def cut(tensors: Sequence[Tensor], entry: Entry) -> dict[str, list[Tensor]]:
 
 
 def by_index(name: str, tensors: Sequence[Tensor], index: bytes) -> dict[str, list[Tensor]]:
+    """Shards as the real index says; names that differ from the rules' are an error."""
     weight_map: dict[str, str] = json.loads(index)["weight_map"]
     known = {tensor.name: tensor for tensor in tensors}
     if known.keys() != weight_map.keys():

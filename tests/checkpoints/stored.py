@@ -14,10 +14,12 @@ MODELS = DATA / "models"
 
 
 def folder_of(name: str) -> Path:
+    """Where a repository's metadata lies, if it is kept."""
     return MODELS / name.replace("/", "__")
 
 
 def load_config(name: str, file: str = "config.json") -> Json:
+    """A stored config of a repository."""
     loaded: Json = json.loads((folder_of(name) / file).read_bytes())
     return loaded
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 Json = dict[str, Any]
+
 # Bits per element, in the order in which the safetensors writer ranks dtypes (it writes the last one first).
 DTYPE_BITS: dict[str, int] = {
     "BOOL": 8,

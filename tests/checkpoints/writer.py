@@ -90,6 +90,7 @@ def write_repo(
 
 
 def index_bytes(shards: Mapping[str, Sequence[Tensor]]) -> bytes:
+    """An index as transformers writes it."""
     total = sum(tensor.nbytes for members in shards.values() for tensor in members)
     weight_map = {tensor.name: shard for shard, members in shards.items() for tensor in members}
     return json.dumps(

@@ -9,7 +9,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::scanner::Scanner;
+    use super::scanner::{Cancel, Scanner};
 
     #[pymodule_export]
     #[allow(non_upper_case_globals, reason = "the name Python uses")]

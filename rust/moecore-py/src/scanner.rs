@@ -1,4 +1,4 @@
-//! `Scanner`: the connections, the cache folder and the cancel switch of a process's scans.
+//! `Scanner`: the connections and the cache folder of a process's scans; `Cancel`: the switch that ends some of them.
 
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use moecore::memory::{KvOptions, MemoryReport};
 use moecore::scan::cache::Cache;
-use moecore::scan::http::{Cancel, Client, ClientOptions, Cost, Origin};
+use moecore::scan::http::{Cancel as CancelSwitch, Client, ClientOptions, Cost, Origin};
 use moecore::scan::hub::{Context, HubTarget, scan_hub};
 use moecore::scan::{Checkpoint, local};
 use moecore::{Error, ErrorKind, Result};
@@ -21,8 +21,30 @@ use crate::errors::{class_name, to_python};
 pub struct Scanner {
     options: ClientOptions,
     cache: Option<Cache>,
-    cancel: Cancel,
     network: OnceLock<Network>,
+}
+
+/// Ends the scans it was given to.
+#[pyclass(frozen, module = "moecore._core")]
+#[derive(Default)]
+pub struct Cancel(CancelSwitch);
+
+#[pymethods]
+impl Cancel {
+    #[new]
+    fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends running and future scans that have this switch, with `CancelledError`.
+    fn cancel(&self) {
+        self.0.cancel();
+    }
+
+    /// Whether `cancel` was called.
+    fn is_cancelled(&self) -> bool {
+        self.0.is_cancelled()
+    }
 }
 
 /// Threads and connections, made at the first use: a local scan needs neither.
@@ -39,11 +61,11 @@ impl Scanner {
         let read_timeout = Duration::try_from_secs_f64(timeout).unwrap_or(Duration::from_secs(30));
         let options = ClientOptions { connections, read_timeout, retries, user_agent, ..ClientOptions::default() };
         let cache = cache_dir.map(|folder| Cache::new(&folder));
-        Self { options, cache, cancel: Cancel::new(), network: OnceLock::new() }
+        Self { options, cache, network: OnceLock::new() }
     }
 
     /// Scans a repo at a commit; returns the report as JSON.
-    #[pyo3(signature = (*, endpoint, token, repo, commit, files, max_model_len, batch_size, kv_cache_dtype, cache))]
+    #[pyo3(signature = (*, endpoint, token, repo, commit, files, max_model_len, batch_size, kv_cache_dtype, cache, cancel))]
     #[expect(clippy::too_many_arguments, reason = "keyword-only in Python")]
     fn scan_hub(
         &self,
@@ -57,6 +79,7 @@ impl Scanner {
         batch_size: u64,
         kv_cache_dtype: String,
         cache: bool,
+        cancel: &Cancel,
     ) -> PyResult<String> {
         let options = KvOptions { max_model_len, batch_size, dtype: kv_cache_dtype };
         let work = || {
@@ -67,7 +90,7 @@ impl Scanner {
             let context = Context {
                 client: network.client.clone(),
                 cache: self.cache.clone().filter(|_| cache),
-                cancel: self.cancel.clone(),
+                cancel: cancel.0.clone(),
             };
             let target = HubTarget { origin, endpoint, repo, commit, files };
             let checkpoint = network.runtime.block_on(scan_hub(&context, &target, &cost))?;
@@ -119,11 +142,6 @@ impl Scanner {
             let counters = network.client.counters();
             (counters.requests, counters.bytes)
         })
-    }
-
-    /// Ends all running and future scans of this scanner with `CancelledError`.
-    fn cancel(&self) {
-        self.cancel.cancel();
     }
 }
 
