@@ -3,7 +3,7 @@
 use std::fmt::Display;
 
 use super::length::PREFIX_LEN;
-use super::parse::Parsed;
+use super::parsed::Parsed;
 use super::{Header, Row, invalid, quoted};
 use crate::error::Result;
 

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::de::{self, DeserializeSeed, MapAccess, SeqAccess, Visitor};
 
-use super::parse::{Parsed, position};
+use super::parsed::{Parsed, position};
 use super::{MAX_RANK, Row, Span, quoted};
 use crate::dtype::Dtype;
 

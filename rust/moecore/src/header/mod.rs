@@ -17,6 +17,7 @@ pub mod inventory;
 mod length;
 pub mod names;
 mod parse;
+mod parsed;
 
 use std::fs::File;
 use std::io::Read;

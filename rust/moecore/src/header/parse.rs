@@ -3,39 +3,15 @@
 //! serde's own errors can carry text only. So a rule that fails here leaves its error in [`Parsed::fault`] and hands
 //! serde a placeholder.
 
-use std::collections::BTreeMap;
 use std::fmt;
 
 use serde::Deserializer as _;
 use serde::de::{self, DeserializeSeed, MapAccess, Visitor};
 
 use super::entry::EntrySeed;
-use super::{MAX_METADATA, MAX_TENSORS, Row, Span, invalid, quoted};
-use crate::error::{Error, Result};
-
-/// What to do about a header that says wrong things in proper JSON.
-const REWRITE: &str = "the file is damaged or was written wrongly; download it again or save it anew";
-
-/// A parsed header, rows in file order, not yet checked against each other.
-#[derive(Default)]
-pub(super) struct Parsed {
-    pub(super) names: String,
-    pub(super) shapes: Vec<u64>,
-    pub(super) rows: Vec<Row>,
-    pub(super) metadata: BTreeMap<String, String>,
-    metadata_seen: bool,
-    place: Place,
-    fault: Option<Error>,
-}
-
-/// Where the parser stands, for errors.
-#[derive(Default, Clone, Copy)]
-enum Place {
-    #[default]
-    Top,
-    Metadata,
-    Tensor(Span),
-}
+use super::parsed::{Parsed, Place, position};
+use super::{MAX_METADATA, MAX_TENSORS, Span, invalid};
+use crate::error::Result;
 
 /// Parses the JSON of a header.
 pub(super) fn parse(json: &[u8]) -> Result<Parsed> {
@@ -49,49 +25,6 @@ pub(super) fn parse(json: &[u8]) -> Result<Parsed> {
         Ok(()) => Ok(parsed),
         Err(error) => Err(parsed.explain(&error)),
     }
-}
-
-impl Parsed {
-    /// Room for a header of `len` bytes as they usually are: 125 bytes a tensor, half of them the name. Rarer
-    /// headers only grow once or twice more.
-    fn with_room_for(len: usize) -> Self {
-        let rows = len / 110;
-        Self {
-            names: String::with_capacity(len / 2),
-            shapes: Vec::with_capacity(2 * rows),
-            rows: Vec::with_capacity(rows),
-            ..Self::default()
-        }
-    }
-
-    /// Notes which rule failed; serde gets a placeholder.
-    pub(super) fn fail<E: de::Error>(&mut self, message: impl fmt::Display) -> E {
-        self.fault = Some(invalid(format!("{message}; {REWRITE}")));
-        E::custom("see `fault`")
-    }
-
-    /// The error of the crate for an error of serde.
-    fn explain(mut self, error: &serde_json::Error) -> Error {
-        let fault = self.fault.take().unwrap_or_else(|| {
-            let part = if matches!(self.place, Place::Metadata) { "`__metadata__` is" } else { "the header is" };
-            let text = quoted(&error.to_string());
-            match error.classify() {
-                serde_json::error::Category::Data => invalid(format!("{part} invalid: {text}; {REWRITE}")),
-                _ => invalid(format!(
-                    "{part} not valid JSON: {text}; the file is damaged or not a safetensors file; download it again"
-                )),
-            }
-        });
-        match self.place {
-            Place::Tensor(name) => fault.with_tensor(quoted(name.of(&self.names))),
-            Place::Top | Place::Metadata => fault,
-        }
-    }
-}
-
-/// A position in the arena or the pool. Both are shorter than the header, whose length is checked.
-pub(super) fn position(len: usize) -> u32 {
-    u32::try_from(len).expect("a header has at most 100 MB")
 }
 
 /// The whole header: names to entries, and `__metadata__`.

@@ -8,9 +8,9 @@ use reqwest::header::{ACCEPT_ENCODING, AUTHORIZATION, HeaderValue, RANGE};
 use reqwest::{Method, Request, Response, StatusCode, Url};
 use tokio::sync::SemaphorePermit;
 
-use super::client::Shared;
 use super::gate::host_of;
 use super::retry::{self, Failure};
+use super::shared::Shared;
 use super::{Cost, Origin, SizeHint, redirect, status};
 use crate::{Error, ErrorKind, Result};
 

@@ -5,7 +5,8 @@
 //!
 //! | file | idea |
 //! |---|---|
-//! | `client` | the front door: options, shared state, the public calls |
+//! | `client` | the front door: the public calls |
+//! | `shared` | options, and the state that all fetches share |
 //! | `fetch` | one logical GET: hops, permits, gates, retries |
 //! | `read_header`, `read_file` | what a fetch reads: a header by ranges, or a small file |
 //! | `range`, `redirect`, `status`, `limits` | pure rules: `Content-Range`, where a redirect may lead, what a status means, what a host asks for |
@@ -25,13 +26,15 @@ mod read_file;
 mod read_header;
 mod redirect;
 mod retry;
+mod shared;
 mod status;
 #[cfg(test)]
 mod tests;
 
 pub use cancel::Cancel;
-pub use client::{Client, ClientOptions};
+pub use client::Client;
 pub use cost::{Cost, Counters};
 pub use hint::SizeHint;
 pub use origin::Origin;
 pub use read_header::HeaderBytes;
+pub use shared::ClientOptions;
