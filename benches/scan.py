@@ -438,6 +438,7 @@ def main() -> None:
     assert (len(fifty), len(thousand)) == (50, 1000), (len(fifty), len(thousand))
     with FakeHub(record=False) as hub:
         bench = Bench(hub, args.work, args.python)
+        used = versions(bench)
         hub.add_folder("bench/tiny", folders[TINY])
         for name in SINGLE:
             hub.add_folder(name, folders[name])
@@ -461,7 +462,7 @@ def main() -> None:
         if args.thousand_runs:
             parts.append(bulk_report(bench, "1,000 repositories", [folders[one] for one in thousand.values()]))
     head = (
-        f"# Scanning: moecore beside hf-mem\n\n{started}. {machine()}.  \n{versions(bench)}.  \n"
+        f"# Scanning: moecore beside hf-mem\n\n{started}. {machine()}.  \n{used}.  \n"
         f"Load average {busy:.1f} before and {os.getloadavg()[0]:.1f} after: other work on the machine is in the wall "
         f"times.  \nCommand: `{command(sys.argv[1:])}`\n\n{NOTES}"
     )

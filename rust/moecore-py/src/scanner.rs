@@ -93,8 +93,13 @@ impl Scanner {
                 cancel: cancel.0.clone(),
             };
             let target = HubTarget { origin, endpoint, repo, commit, files };
-            let checkpoint = network.runtime.block_on(scan_hub(&context, &target, &cost))?;
-            Ok(document(checkpoint, &options, &cost))
+            // On the runtime's own threads: memory that many callers' threads allocate is memory that each of them keeps.
+            let scan = async move {
+                let checkpoint = scan_hub(context, target, cost.clone()).await?;
+                Ok(document(checkpoint, &options, &cost))
+            };
+            let scan = network.runtime.spawn(scan);
+            network.runtime.block_on(scan).unwrap_or_else(|error| std::panic::resume_unwind(error.into_panic()))
         };
         py.detach(work).map_err(|error: Error| to_python(py, &error))
     }

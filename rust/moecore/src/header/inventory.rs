@@ -1,7 +1,9 @@
 //! The tensors of a checkpoint in 20 bytes each: what a report needs of a header, and what the header cache stores.
 
-use std::collections::HashMap;
-use std::hash::Hash;
+use std::borrow::Borrow;
+use std::hash::{BuildHasher, Hash};
+
+use hashbrown::{DefaultHashBuilder, HashSet, HashTable};
 
 use crate::dtype::Dtype;
 use crate::header::Header;
@@ -21,39 +23,58 @@ pub struct Row {
 }
 
 /// Tensors with interned patterns and shapes.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default)]
 pub struct Inventory {
     patterns: Interner<String>,
     shapes: Interner<Vec<u64>>,
     rows: Vec<Row>,
 }
 
-/// Values by number and numbers by value.
-#[derive(Debug, PartialEq, Eq)]
-struct Interner<T: Hash + Eq> {
+/// Values by number and numbers by value. The table holds numbers only: a value lies once in memory.
+#[derive(Debug)]
+struct Interner<T> {
     values: Vec<T>,
-    numbers: HashMap<T, u32>,
+    numbers: HashTable<u32>,
+    hasher: DefaultHashBuilder,
 }
 
-impl<T: Hash + Eq> Default for Interner<T> {
+impl<T> Default for Interner<T> {
     fn default() -> Self {
-        Self { values: Vec::new(), numbers: HashMap::new() }
+        Self { values: Vec::new(), numbers: HashTable::new(), hasher: DefaultHashBuilder::default() }
     }
 }
 
-impl<T: Hash + Eq + Clone> Interner<T> {
+impl<T: Hash + Eq> Interner<T> {
+    fn find<Q>(&self, value: &Q) -> Option<u32>
+    where
+        T: Borrow<Q>,
+        Q: Hash + Eq + ?Sized,
+    {
+        let hash = self.hasher.hash_one(value);
+        self.numbers.find(hash, |&number| self.values[number as usize].borrow() == value).copied()
+    }
+
     fn number<Q>(&mut self, value: &Q) -> u32
     where
-        T: std::borrow::Borrow<Q>,
+        T: Borrow<Q>,
         Q: Hash + Eq + ToOwned<Owned = T> + ?Sized,
     {
-        if let Some(&number) = self.numbers.get(value) {
+        if let Some(number) = self.find(value) {
             return number;
         }
         let number = u32::try_from(self.values.len()).expect("header limits keep tensor counts below 2^32");
         self.values.push(value.to_owned());
-        self.numbers.insert(value.to_owned(), number);
+        let (values, hasher) = (&self.values, &self.hasher);
+        let rehash = |&number: &u32| hasher.hash_one(values[number as usize].borrow());
+        self.numbers.insert_unique(hasher.hash_one(value), number, rehash);
         number
+    }
+}
+
+impl PartialEq for Inventory {
+    fn eq(&self, other: &Self) -> bool {
+        (&self.patterns.values, &self.shapes.values, &self.rows)
+            == (&other.patterns.values, &other.shapes.values, &other.rows)
     }
 }
 
@@ -132,12 +153,12 @@ impl Inventory {
     /// Names that `other` lacks, at most `limit` of them in order, and how many there are.
     #[must_use]
     pub fn names_missing_from(&self, other: &Inventory, limit: usize) -> (Vec<String>, usize) {
-        let mut known: Vec<(u32, Indices)> = other.rows.iter().map(|row| (row.pattern, row.indices)).collect();
+        let mut known: Vec<u128> = other.rows.iter().map(|row| key(row.pattern, row.indices)).collect();
         known.sort_unstable();
         let numbers: Vec<Option<u32>> =
-            self.patterns.values.iter().map(|pattern| other.patterns.numbers.get(pattern).copied()).collect();
+            self.patterns.values.iter().map(|pattern| other.patterns.find(pattern.as_str())).collect();
         let is_known = |row: &&Row| {
-            numbers[row.pattern as usize].is_some_and(|number| known.binary_search(&(number, row.indices)).is_ok())
+            numbers[row.pattern as usize].is_some_and(|number| known.binary_search(&key(number, row.indices)).is_ok())
         };
         let mut missing: Vec<&Row> = self.rows.iter().filter(|row| !is_known(row)).collect();
         missing.sort_unstable_by_key(|row| (row.pattern, row.indices));
@@ -147,17 +168,25 @@ impl Inventory {
     /// Names that more than one file holds, at most `limit` of them, and how many there are.
     #[must_use]
     pub fn duplicates(&self, limit: usize) -> (Vec<String>, usize) {
-        let mut keys: Vec<(u32, Indices)> = self.rows.iter().map(|row| (row.pattern, row.indices)).collect();
+        let mut keys: Vec<u128> = self.rows.iter().map(|row| key(row.pattern, row.indices)).collect();
         keys.sort_unstable();
-        let mut repeated: Vec<_> = keys.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect();
+        let mut repeated: Vec<u128> = keys.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect();
         repeated.dedup();
-        let shown = repeated
-            .iter()
-            .take(limit)
-            .map(|&(pattern, indices)| names::expand(&self.patterns.values[pattern as usize], indices))
-            .collect();
-        (shown, repeated.len())
+        let shown: HashSet<u128> = repeated.iter().copied().take(limit).collect();
+        let mut names: Vec<String> = Vec::new();
+        for row in self.rows.iter().filter(|row| !shown.is_empty() && shown.contains(&key(row.pattern, row.indices))) {
+            let name = self.name(row);
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        (names, repeated.len())
     }
+}
+
+/// A name as one number, which sorts faster than its parts.
+fn key(pattern: u32, indices: Indices) -> u128 {
+    indices.iter().fold(u128::from(pattern), |key, &index| key << 16 | u128::from(index))
 }
 
 #[cfg(test)]

@@ -6,6 +6,9 @@
 /// Numbers kept for one tensor. Deeper ones stay in the pattern as text.
 pub const MAX_INDICES: usize = 4;
 
+/// A word that a number may follow in the same part (Switch: `expert_7`).
+const NUMBERED_WORD: &str = "expert_";
+
 /// The numbers of one tensor name, in order; unused places are zero.
 pub type Indices = [u16; MAX_INDICES];
 
@@ -16,22 +19,25 @@ pub type Indices = [u16; MAX_INDICES];
 pub fn collapse(name: &str, pattern: &mut String) -> Indices {
     pattern.clear();
     let mut indices = [0; MAX_INDICES];
-    let mut used = 0;
-    for (position, part) in name.split('.').enumerate() {
-        if position > 0 {
-            pattern.push('.');
+    let (mut used, mut copied, mut start) = (0, 0, 0);
+    // Most parts are words: they are copied in one piece up to the next number.
+    while used < MAX_INDICES {
+        let part = &name[start..];
+        let part = part.split_once('.').map_or(part, |(part, _)| part);
+        let digits = part.strip_prefix(NUMBERED_WORD).unwrap_or(part);
+        if let Some(value) = number(digits) {
+            pattern.push_str(&name[copied..start + part.len() - digits.len()]);
+            pattern.push_str("{}");
+            indices[used] = value;
+            used += 1;
+            copied = start + part.len();
         }
-        let digits = part.strip_prefix("expert_").unwrap_or(part);
-        match number(digits).filter(|_| used < MAX_INDICES) {
-            Some(value) => {
-                pattern.push_str(&part[..part.len() - digits.len()]);
-                pattern.push_str("{}");
-                indices[used] = value;
-                used += 1;
-            }
-            None => pattern.push_str(part),
+        start += part.len() + 1;
+        if start > name.len() {
+            break;
         }
     }
+    pattern.push_str(&name[copied..]);
     indices
 }
 
@@ -51,11 +57,11 @@ pub fn expand(pattern: &str, indices: Indices) -> String {
 }
 
 fn number(digits: &str) -> Option<u16> {
-    let bytes = digits.as_bytes();
-    if bytes.is_empty() || !bytes.iter().all(u8::is_ascii_digit) || (bytes.len() > 1 && bytes[0] == b'0') {
-        return None;
+    match digits.as_bytes() {
+        // `parse` refuses what holds anything but digits, and numbers above 65,535.
+        [b'1'..=b'9', ..] | [b'0'] => digits.parse().ok(),
+        _ => None,
     }
-    digits.parse().ok()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! An [`Inventory`] and a [`Config`] to groups of like tensors and blocks of experts.
 
-use std::collections::{HashMap, HashSet};
+use hashbrown::{HashMap, HashSet};
 
 use crate::dtype::Dtype;
 use crate::header::inventory::{Inventory, Row};

@@ -3,7 +3,7 @@
 //! A packing is told by a tensor's companions and dtype, one tensor at a time, since a repo may hold several. The
 //! config only helps where headers cannot say how many bits a word packs.
 
-use std::collections::HashMap;
+use hashbrown::HashMap;
 
 use crate::dtype::Dtype;
 use crate::header::inventory::{Inventory, Row};

@@ -45,12 +45,12 @@ pub struct Context {
 /// One fetched header.
 struct Shard {
     file: String,
-    inventory: Inventory,
-    header_bytes: u64,
+    header: Header,
 }
 
 /// Reads all headers of a repo, from the cache where it has them.
-pub async fn scan_hub(context: &Context, target: &HubTarget, cost: &Arc<Cost>) -> Result<Checkpoint> {
+pub async fn scan_hub(context: Context, target: HubTarget, cost: Arc<Cost>) -> Result<Checkpoint> {
+    let (context, target, cost) = (&context, &target, &cost);
     let key = (target.endpoint.as_str(), target.repo.as_str(), target.commit.as_str());
     let cached = context.cache.as_ref().and_then(|cache| cache.load(key.0, key.1, key.2)).unwrap_or_default();
     if cached.complete {
@@ -123,11 +123,9 @@ impl Reader<'_> {
         );
         take_configs(config, &mut checkpoint);
         let mut failures = shards.failures;
-        for shard in shards.read {
-            checkpoint.inventory.merge(&shard.inventory);
-            checkpoint.header_bytes += shard.header_bytes;
-            checkpoint.files.push(shard.file);
-        }
+        checkpoint.inventory.merge(&shards.inventory);
+        checkpoint.header_bytes += shards.header_bytes;
+        checkpoint.files.extend(shards.files);
         if checkpoint.files.is_empty() || self.context.cancel.is_cancelled() {
             failures.sort_by_key(|error| error.kind() != ErrorKind::AccessDenied);
             return Err(failures.into_iter().next().unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled")));
@@ -200,7 +198,7 @@ impl Reader<'_> {
         shards
     }
 
-    /// Fetches and parses one header; the JSON is gone before the next one starts in its place.
+    /// Fetches and parses one header. The JSON is gone when it ends, the header when it is taken.
     fn task(&self, file: String) -> impl Future<Output = Result<Shard>> + Send + 'static {
         let Context { client, cancel, .. } = self.context.clone();
         let url = self.target.origin.resolve_url(&self.target.repo, &self.target.commit, &file);
@@ -208,9 +206,7 @@ impl Reader<'_> {
         async move {
             let bytes = client.header(&origin, &url?, &file, &hint, &cancel, &cost).await?;
             let header = Header::parse(&bytes.json, bytes.file_len, &file)?;
-            let mut inventory = Inventory::default();
-            inventory.add_header(&header);
-            Ok(Shard { file, inventory, header_bytes: bytes.json.len() as u64 })
+            Ok(Shard { file, header })
         }
     }
 }
@@ -227,14 +223,20 @@ fn take_configs([config, quant_config]: [Result<Option<Vec<u8>>>; 2], checkpoint
 
 #[derive(Default)]
 struct Shards {
-    read: Vec<Shard>,
+    inventory: Inventory,
+    header_bytes: u64,
+    files: Vec<String>,
     failures: Vec<Error>,
 }
 
 impl Shards {
     fn take(&mut self, result: Result<Shard>) {
         match result {
-            Ok(shard) => self.read.push(shard),
+            Ok(Shard { file, header }) => {
+                self.inventory.add_header(&header);
+                self.header_bytes += header.header_len();
+                self.files.push(file);
+            }
             Err(error) => self.failures.push(error),
         }
     }

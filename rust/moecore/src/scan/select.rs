@@ -109,43 +109,50 @@ fn is_variant(name: &str, all: &[&str]) -> bool {
     })
 }
 
-/// A numbered set of shards: what is before the number, how the number is written, how many there should be.
+/// A numbered set of shards: what is before the number, and how many there should be.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Set {
     stem: String,
-    digits: usize,
     of: String,
 }
 
+/// Numbers of a set, and how wide they are written: 1 where they are not padded (Kimi-K2: `model-1-of-61`).
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Numbers {
+    present: Vec<u64>,
+    width: usize,
+}
+
 /// Shards by set. A file without `-00001-of-00002` is a set of its own.
-fn sets(shards: &[String]) -> BTreeMap<Set, Vec<u64>> {
-    let mut sets: BTreeMap<Set, Vec<u64>> = BTreeMap::new();
+fn sets(shards: &[String]) -> BTreeMap<Set, Numbers> {
+    let mut sets: BTreeMap<Set, Numbers> = BTreeMap::new();
     for name in shards {
         let stem = name.strip_suffix(ENDING).unwrap_or(name);
         let numbered = stem.rsplit_once("-of-").and_then(|(before, of)| {
             let (stem, number) = before.rsplit_once('-')?;
             let all_digits = |text: &str| !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
             let number = Some(number).filter(|number| all_digits(number) && all_digits(of))?;
-            let set = Set { stem: stem.to_owned(), digits: number.len(), of: of.to_owned() };
-            Some((set, number.parse().ok()?))
+            let width = if number.starts_with('0') { number.len() } else { 1 };
+            Some((Set { stem: stem.to_owned(), of: of.to_owned() }, number.parse().ok()?, width))
         });
-        match numbered {
-            Some((set, number)) => sets.entry(set).or_default().push(number),
-            None => {
-                sets.insert(Set { stem: stem.to_owned(), digits: 0, of: String::new() }, Vec::new());
-            }
+        if let Some((set, number, width)) = numbered {
+            let numbers = sets.entry(set).or_default();
+            numbers.present.push(number);
+            numbers.width = numbers.width.max(width);
+        } else {
+            sets.insert(Set { stem: stem.to_owned(), of: String::new() }, Numbers::default());
         }
     }
     sets
 }
 
 /// Names of a set that are not there. gpt-oss counts from 0 and holds one more than it says.
-fn missing(set: &Set, numbers: &[u64]) -> Vec<String> {
+fn missing(set: &Set, numbers: &Numbers) -> Vec<String> {
     let Ok(of) = set.of.parse::<u64>() else { return Vec::new() };
-    let first = u64::from(!numbers.contains(&0));
+    let first = u64::from(!numbers.present.contains(&0));
     (first..=of.min(100_000))
-        .filter(|number| !numbers.contains(number))
-        .map(|number| format!("{}-{number:0width$}-of-{}{ENDING}", set.stem, set.of, width = set.digits))
+        .filter(|number| !numbers.present.contains(number))
+        .map(|number| format!("{}-{number:0width$}-of-{}{ENDING}", set.stem, set.of, width = numbers.width))
         .collect()
 }
 
@@ -202,6 +209,11 @@ mod tests {
             "model-00002-of-00002.safetensors",
         ]);
         assert!(from_zero.missing.is_empty());
+        // Kimi-K2 does not pad its numbers.
+        let unpadded: Vec<String> =
+            (1..=12).filter(|n| *n != 7).map(|n| format!("model-{n}-of-12.safetensors")).collect();
+        let unpadded = select(&[unpadded, vec!["model.safetensors.index.json".to_owned()]].concat());
+        assert_eq!((unpadded.missing, unpadded.ambiguous_until), (vec!["model-7-of-12.safetensors".to_owned()], None));
         // DeepSeek-V3 writes the count with six digits.
         let wide = selected(&["model-00001-of-000002.safetensors"]);
         assert_eq!(wide.missing, ["model-00002-of-000002.safetensors"]);

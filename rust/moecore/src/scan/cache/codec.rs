@@ -14,7 +14,7 @@ pub const VERSION: u32 = 1;
 const MAGIC: &[u8; 8] = b"moecore\x01";
 
 /// What the cache keeps of a commit.
-#[derive(Debug, Default, PartialEq, Eq)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Entry {
     /// Files whose headers are in `inventory`.
     pub files: Vec<String>,
