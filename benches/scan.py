@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -391,10 +392,25 @@ def bulk_report(bench: Bench, what: str, repos: Sequence[Path]) -> str:
     return title + table([*head, "CPU / moecore", "wall / moecore", "runs"], rows)
 
 
+def header_report(output: str) -> str:
+    """The median rates of `cargo bench -p moecore --bench header`."""
+    found = re.findall(r"^(header/\S+)\s+time:[^\n]*\n\s+thrpt:\s+\[\S+ \S+ (\S+) (\S+)", output, re.MULTILINE)
+    rates: dict[str, dict[str, str]] = {}
+    for name, rate, unit in found:
+        _, parser, size = name.split("/")
+        factor = 2**20 / 1e6 if unit == "MiB/s" else 2**30 / 1e6
+        rates.setdefault(size.replace("_", " "), {})[parser] = f"{float(rate) * factor:.0f}"
+    parsers = list(next(iter(rates.values())))
+    rows = [[size, *(own.get(parser, "") for parser in parsers)] for size, own in rates.items()]
+    return "### Header parser, MB/s on one core\n\n" + table(["one header of", *parsers], rows)
+
+
 def command(args: Sequence[str]) -> str:
     """How this was run, without the folders of this machine."""
     pairs = zip(args, ["", *args], strict=False)
-    kept = [one for one, before in pairs if not any(flag in one + before for flag in ("--python", "--work"))]
+    kept = [
+        one for one, before in pairs if not any(flag in one + before for flag in ("--python", "--work", "--header"))
+    ]
     return " ".join(["python", "benches/scan.py", *kept])
 
 
@@ -427,6 +443,7 @@ def main() -> None:
     parser.add_argument("--python", default=str(ROOT / ".venv" / "bin" / "python"), help="one that has moecore")
     parser.add_argument("--work", type=Path, default=ROOT / "target" / "bench-scan", help="folder for what is made")
     parser.add_argument("--output", type=Path, help="Markdown file; the raw figures go beside it as .json")
+    parser.add_argument("--header", type=Path, help="saved output of `cargo bench -p moecore --bench header`, to add")
     args = parser.parse_args()
     if args.quick:
         args.runs, args.bulk_runs, args.thousand_runs = 3, 1, 0
@@ -461,6 +478,8 @@ def main() -> None:
             bench.bulk("1,000 repositories", list(thousand), 40, [EIGHT, MOECORE, REPEAT])
         if args.thousand_runs:
             parts.append(bulk_report(bench, "1,000 repositories", [folders[one] for one in thousand.values()]))
+    if args.header:
+        parts.append(header_report(args.header.read_text()))
     head = (
         f"# Scanning: moecore beside hf-mem\n\n{started}. {machine()}.  \n{used}.  \n"
         f"Load average {busy:.1f} before and {os.getloadavg()[0]:.1f} after: other work on the machine is in the wall "
