@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 _WHOLE_LISTING = 1_000
 
 _T = TypeVar("_T")
+
+#: A commit becomes part of URLs and of a file name in the cache.
+_COMMIT = re.compile(r"[0-9A-Za-z]{6,64}")
+
+#: Pages of a listing, 1,000 files each; the largest repos have some hundreds of thousands of files.
+_MOST_PAGES = 1_000
 
 _RETRIES = 5
 _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
@@ -87,10 +94,9 @@ def resolve_commit(
     session = _Session(hub, scanner, repo, revision, cancelled)
     info = session.get_json(f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision, safe='')}")
     sha = info.get("sha")
-    if not isinstance(sha, str):
-        raise NetworkError(f"{repo}: the hub's answer has no commit; is {hub.endpoint} a Hugging Face hub?")
-    siblings = info.get("siblings")
-    files = [entry["rfilename"] for entry in siblings] if siblings else []
+    if not isinstance(sha, str) or not _COMMIT.fullmatch(sha):
+        raise session.nonsense()
+    files = session.names(info.get("siblings") or [], "rfilename")
     if not 0 < len(files) < _WHOLE_LISTING and not (cache and scanner.has_cached(hub.endpoint, repo, sha)):
         files = session.list_files(sha)
     return Commit(repo, sha, files, session.requests, session.bytes_fetched)
@@ -109,16 +115,35 @@ class _Session:
         """All files of a commit, page by page."""
         url: str | None = f"{self.hub.endpoint}/api/models/{self.repo}/tree/{sha}?recursive=true"
         files: list[str] = []
+        seen: set[str] = set()
         while url:
+            seen.add(url)
             response = self._get(url)
-            files += [entry["path"] for entry in self._json(response, list) if entry.get("type") == "file"]
-            following = response.links.get("next", {}).get("url")
-            if following and urlsplit(following)[:2] != urlsplit(self.hub.endpoint)[:2]:
+            entries = self._json(response, list)
+            files += self.names([entry for entry in entries if _is_file(entry)], "path")
+            url = response.links.get("next", {}).get("url")
+            if url and urlsplit(url)[:2] != urlsplit(self.hub.endpoint)[:2]:
                 raise NetworkError(
                     f"{self.repo}: the hub's file list goes on at another host; do not trust this endpoint"
                 )
-            url = following
+            if url in seen or len(seen) > _MOST_PAGES:
+                raise NetworkError(f"{self.repo}: the hub's file list has no end; do not trust this endpoint")
         return files
+
+    def names(self, entries: object, key: str) -> list[str]:
+        """The file names of a listing's entries."""
+        if not isinstance(entries, list):
+            raise self.nonsense()
+        names = [entry.get(key) if isinstance(entry, dict) else None for entry in entries]
+        checked = [name for name in names if isinstance(name, str)]
+        if len(checked) != len(entries):
+            raise self.nonsense()
+        return checked
+
+    def nonsense(self) -> NetworkError:
+        """The error for an answer that no hub gives."""
+        what = f"{self.repo}: the answer is not what a hub gives"
+        return NetworkError(f"{what}; check that {self.hub.endpoint} is a Hugging Face hub (HF_ENDPOINT)")
 
     def get_json(self, url: str) -> dict[str, Any]:
         """A JSON object."""
@@ -130,8 +155,7 @@ class _Session:
         except ValueError:
             answer = None
         if not isinstance(answer, kind):
-            what = f"{self.repo}: the answer is not what a hub gives"
-            raise NetworkError(f"{what}; check that {self.hub.endpoint} is a Hugging Face hub (HF_ENDPOINT)")
+            raise self.nonsense()
         return answer
 
     def _get(self, url: str) -> httpx2.Response:
@@ -174,6 +198,10 @@ class _Session:
             if self.cancelled():
                 return
             time.sleep(min(pause, 0.2))
+
+
+def _is_file(entry: object) -> bool:
+    return not isinstance(entry, dict) or entry.get("type") == "file"
 
 
 def _backoff(attempt: int) -> float:

@@ -28,10 +28,10 @@ impl Cache {
         Entry::decode(&std::fs::read(self.path(endpoint, repo, commit)?).ok()?)
     }
 
-    /// Whether a commit has a file here. It may turn out to be unreadable.
+    /// Whether a commit is here as a whole, so that nothing of it need be asked for.
     #[must_use]
     pub fn has(&self, endpoint: &str, repo: &str, commit: &str) -> bool {
-        self.path(endpoint, repo, commit).is_some_and(|path| path.is_file())
+        self.load(endpoint, repo, commit).is_some_and(|entry| entry.complete)
     }
 
     /// Stores the entry of a commit; says whether it could.
@@ -80,9 +80,11 @@ mod tests {
         let cache = Cache::new(folder.path());
         assert!(cache.store("http://hub", "org/name", "abc", &entry()));
         assert_eq!(cache.load("http://hub", "org/name", "abc"), Some(entry()));
-        assert!(cache.has("http://hub", "org/name", "abc"));
+        assert!(!cache.has("http://hub", "org/name", "abc"), "not complete");
+        assert!(cache.store("http://hub", "org/name", "abd", &Entry { complete: true, ..entry() }));
+        assert!(cache.has("http://hub", "org/name", "abd"));
         for (endpoint, repo, commit) in
-            [("http://other", "org/name", "abc"), ("http://hub", "org/other", "abc"), ("http://hub", "org/name", "abd")]
+            [("http://other", "org/name", "abc"), ("http://hub", "org/other", "abc"), ("http://hub", "org/name", "abe")]
         {
             assert_eq!(cache.load(endpoint, repo, commit), None);
         }
