@@ -17,6 +17,7 @@ use crate::model::config::Config;
 use crate::model::families;
 use crate::model::layout::{ExpertBlock, ExpertSize, ModelLayout, TensorGroup};
 use crate::model::roles::Role;
+use crate::model::unlisted;
 
 /// What the model is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -160,7 +161,13 @@ impl MemoryReport {
     ) -> Self {
         let mut warnings = layout.warnings.clone();
         let active = Active::new(layout, config, &mut warnings);
-        let plan = CachePlan::new(config);
+        let plan = unlisted::plan(config, layout).inspect(|_| {
+            let model_type = config.model_type().unwrap_or_default();
+            warnings.push(format!(
+                "model_type `{model_type}` has no row in the family table; its KV heads agree with k_proj and v_proj"
+            ));
+        });
+        let plan = plan.unwrap_or_else(|| CachePlan::new(config));
         let kv_cache = kv::size(&plan, config, layout.unquantised_dtype(), quant_config, options);
         if let (Some(asked), Some(stated)) = (options.max_model_len, config.max_model_len())
             && asked > stated

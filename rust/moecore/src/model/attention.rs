@@ -101,9 +101,14 @@ impl CachePlan {
                 "no cache rule for model_type `{model_type}`; weights are exact all the same"
             ));
         };
-        if let Some(reason) = family.no_formula {
-            return Self::unknown(format!("{model_type}: {reason}"));
+        match family.no_formula {
+            Some(reason) => Self::unknown(format!("{model_type}: {reason}")),
+            None => Self::of_family(config, family),
         }
+    }
+
+    /// Reads the plan by a family's rules.
+    pub(super) fn of_family(config: &Config, family: &Family) -> Self {
         if let Some(key) = family.requires.iter().find(|key| config.get(key).is_none()) {
             return Self::unknown(format!("config.json has no {key}"));
         }

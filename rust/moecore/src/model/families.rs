@@ -44,6 +44,9 @@ pub struct Family {
     pub no_formula: Option<&'static str>,
 }
 
+/// A model without a row: the config's own words and nothing else.
+pub const UNLISTED: Family = BASE;
+
 const BASE: Family = Family {
     model_types: &[],
     sliding: Sliding::Unstated,

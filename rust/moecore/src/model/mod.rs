@@ -16,6 +16,7 @@ pub mod families;
 pub mod layout;
 pub mod packing;
 pub mod roles;
+pub mod unlisted;
 
 pub use attention::CachePlan;
 pub use config::Config;
