@@ -19,6 +19,11 @@ pub type Indices = [u16; MAX_INDICES];
 pub fn collapse(name: &str, pattern: &mut String) -> Indices {
     pattern.clear();
     let mut indices = [0; MAX_INDICES];
+    if name.contains("{}") {
+        // No real tensor is called so; its braces must not be taken for numbers.
+        pattern.push_str(&name.replace("{}", "{ }"));
+        return indices;
+    }
     let (mut used, mut copied, mut start) = (0, 0, 0);
     // Most parts are words: they are copied in one piece up to the next number.
     while used < MAX_INDICES {
@@ -89,6 +94,7 @@ mod tests {
 
     #[test]
     fn only_plain_numbers_count() {
+        assert_eq!(pattern_of("{}.1.{}"), ("{ }.1.{ }".to_owned(), [0; 4]));
         for name in ["h.007.w1", "a.70000.b", "conv1d.weight", "expert_x.w", ""] {
             assert_eq!(pattern_of(name), (name.to_owned(), [0; 4]));
         }

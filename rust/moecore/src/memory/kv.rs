@@ -168,7 +168,8 @@ pub fn size(
     } else {
         reasons.push("neither config.json nor the weights tell the model's dtype".to_owned());
     }
-    reasons.dedup();
+    let mut told = std::collections::HashSet::new();
+    reasons.retain(|reason| told.insert(reason.clone()));
     if !reasons.is_empty() {
         let per_token = report.bytes_per_token;
         report = KvReport { bytes: 0, bytes_upper: 0, bytes_reserved: 0, state_bytes: 0, ..report };

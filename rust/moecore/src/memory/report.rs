@@ -5,7 +5,7 @@
 //! routed experts in each MoE layer, embedding and head as whole matrices. `active_without_embeddings` leaves both
 //! of those out. `bytes.base + bytes.routed_experts = bytes.total`, MTP being part of `base`.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
 
@@ -13,9 +13,10 @@ use crate::error::Error;
 use crate::header::Inventory;
 use crate::memory::kv::{self, KvOptions, KvReport};
 use crate::model::attention::CachePlan;
+use crate::model::blocks::{ExpertBlock, ExpertSize};
 use crate::model::config::Config;
 use crate::model::families;
-use crate::model::layout::{ExpertBlock, ExpertSize, ModelLayout, TensorGroup};
+use crate::model::layout::{ModelLayout, TensorGroup};
 use crate::model::roles::Role;
 use crate::model::unlisted;
 
@@ -191,7 +192,7 @@ fn architecture(layout: &ModelLayout, config: &Config, quant_config: Option<&ser
         .main_blocks()
         .map(|block| (block.name.split(|c: char| c.is_ascii_digit()).next().unwrap_or_default(), block.layer))
         .collect();
-    let held = layout.main_blocks().map(|block| block.experts.len() as u64).max().unwrap_or(0);
+    let held = layout.main_blocks().map(ExpertBlock::count).max().unwrap_or(0);
     let is_moe = held > 0;
     let has_shared = layout.groups.iter().any(|group| group.role == Role::SharedExpert);
     let shared = if has_shared { config.shared_experts().unwrap_or(1).max(1) } else { 0 };
@@ -203,7 +204,7 @@ fn architecture(layout: &ModelLayout, config: &Config, quant_config: Option<&ser
         model_type: config.model_type().map(str::to_owned),
         layers: stated.unwrap_or(layout.layers),
         moe_layers: moe_layers.len() as u64,
-        num_experts: if layout.has_expert_groups() { config.num_experts().unwrap_or(held) } else { held },
+        num_experts: config.text_experts().unwrap_or(held),
         experts_per_token: if is_moe { config.experts_per_token(0).unwrap_or(0) } else { 0 },
         shared_experts: shared,
         quantization: named.map(str::to_ascii_lowercase),
@@ -233,14 +234,13 @@ impl Active {
                 no_top_k = true;
                 continue;
             };
-            let experts = text_experts(block);
-            let count = (experts.len() as u128).max(1);
-            let share = |sum: u128| u64::try_from(sum * u128::from(top_k).min(count) / count).unwrap_or(u64::MAX);
-            active.parameters += share(experts.iter().map(|size| u128::from(size.parameters)).sum());
-            active.bytes += share(experts.iter().map(|size| u128::from(size.bytes)).sum());
+            let (count, bytes, parameters) = block.first(config.text_experts().unwrap_or(u64::MAX));
+            let share = |sum: u128| clamp(sum * u128::from(top_k.min(count)) / u128::from(count.max(1)));
+            active.parameters = active.parameters.saturating_add(share(parameters));
+            active.bytes = active.bytes.saturating_add(share(bytes));
             if block.role == Role::Attention {
-                active.counted_whole.parameters += block.experts.iter().map(|size| size.parameters).sum::<u64>();
-                active.counted_whole.bytes += block.experts.iter().map(|size| size.bytes).sum::<u64>();
+                active.counted_whole.parameters = active.counted_whole.parameters.saturating_add(clamp(parameters));
+                active.counted_whole.bytes = active.counted_whole.bytes.saturating_add(clamp(bytes));
             }
         }
         if no_top_k {
@@ -256,11 +256,8 @@ impl Active {
     }
 }
 
-/// The experts a text token chooses among: the first size group where a block holds several (ERNIE-VL keeps its
-/// text experts first).
-fn text_experts(block: &ExpertBlock) -> &[ExpertSize] {
-    let first = block.size_groups().first().map_or(0, |&(count, _)| count);
-    &block.experts[..usize::try_from(first).unwrap_or(0).min(block.experts.len())]
+fn clamp(sum: u128) -> u64 {
+    u64::try_from(sum).unwrap_or(u64::MAX)
 }
 
 fn by_role(layout: &ModelLayout, figure: impl Fn(&TensorGroup) -> u64) -> BTreeMap<&'static str, u64> {
@@ -274,13 +271,17 @@ fn always(group: &TensorGroup) -> bool {
 
 fn parameters(layout: &ModelLayout, active: &Active) -> Parameters {
     let of = |role: Role| layout.sum(|group| group.role == role, |group| group.parameters);
-    let dense = layout.sum(always, |group| group.parameters) - active.counted_whole.parameters;
+    let dense = layout.sum(always, |group| group.parameters);
+    let dense = dense.saturating_sub(active.counted_whole.parameters);
     let checkpoint = layout.sum(|_| true, |group| group.parameters);
     let mtp = of(Role::Mtp);
     Parameters {
         total: checkpoint - mtp,
-        active: dense + active.parameters,
-        active_without_embeddings: dense + active.parameters - of(Role::Embedding) - of(Role::LmHead),
+        active: dense.saturating_add(active.parameters),
+        active_without_embeddings: dense
+            .saturating_add(active.parameters)
+            .saturating_sub(of(Role::Embedding))
+            .saturating_sub(of(Role::LmHead)),
         routed: of(Role::RoutedExpert),
         shared: of(Role::SharedExpert),
         mtp,
@@ -296,21 +297,22 @@ fn bytes(layout: &ModelLayout, active: &Active) -> Bytes {
     let routed_experts = layout.sum(|group| group.role == Role::RoutedExpert, |group| group.bytes);
     let mut by_dtype = BTreeMap::new();
     for group in &layout.groups {
-        *by_dtype.entry(group.dtype.name()).or_insert(0) += group.bytes;
+        let bytes: &mut u64 = by_dtype.entry(group.dtype.name()).or_default();
+        *bytes = bytes.saturating_add(group.bytes);
     }
     let tied = !layout.groups.iter().any(|group| group.role == Role::LmHead);
     // The input table is read by the row; a tied one is read whole, as the head.
     let read = layout.sum(|group| always(group) && (tied || group.role != Role::Embedding), |group| group.bytes);
-    let layer_bytes = |block: &ExpertBlock| block.experts.iter().map(|size| size.bytes).sum::<u64>();
+    let layer_bytes = |block: &ExpertBlock| clamp(block.first(u64::MAX).1);
     Bytes {
         total,
         base: total - routed_experts,
         routed_experts,
-        per_expert: layout.main_blocks().flat_map(|block| &block.experts).map(|size| size.bytes).max().unwrap_or(0),
+        per_expert: layout.main_blocks().flat_map(|block| &block.runs).map(|(_, size)| size.bytes).max().unwrap_or(0),
         per_moe_layer: layout.main_blocks().map(layer_bytes).max().unwrap_or(0),
         mtp_routed_experts: layout
             .sum(|group| group.role == Role::Mtp && group.nested == Role::RoutedExpert, |group| group.bytes),
-        active: read + active.bytes - active.counted_whole.bytes,
+        active: read.saturating_add(active.bytes).saturating_sub(active.counted_whole.bytes),
         by_role: by_role(layout, |group| group.bytes),
         by_dtype,
     }
@@ -318,22 +320,16 @@ fn bytes(layout: &ModelLayout, active: &Active) -> Bytes {
 
 fn expert_groups(layout: &ModelLayout) -> Vec<ExpertGroup> {
     let mut groups: Vec<ExpertGroup> = Vec::new();
+    let mut known: HashMap<(u64, ExpertSize, bool), usize> = HashMap::new();
     for block in layout.expert_blocks.iter().filter(|block| block.role != Role::Attention) {
         let mtp = block.role == Role::Mtp;
-        for (experts, size) in block.size_groups() {
-            let like = groups.iter_mut().find(|group| {
-                (group.experts, group.bytes, group.parameters, group.mtp) == (experts, size.bytes, size.parameters, mtp)
+        for &(experts, size) in &block.runs {
+            let at = *known.entry((experts, size, mtp)).or_insert_with(|| {
+                let ExpertSize { bytes, parameters } = size;
+                groups.push(ExpertGroup { layers: Vec::new(), experts, bytes, parameters, mtp });
+                groups.len() - 1
             });
-            match like {
-                Some(group) => group.layers.push(block.layer),
-                None => groups.push(ExpertGroup {
-                    layers: vec![block.layer],
-                    experts,
-                    bytes: size.bytes,
-                    parameters: size.parameters,
-                    mtp,
-                }),
-            }
+            groups[at].layers.push(block.layer);
         }
     }
     groups

@@ -275,9 +275,10 @@ fn layer(config: &Config, kind: &Kind, at: usize) -> LayerCache {
     let result = match kind {
         Kind::Full => attention(config, at, Limit::Full),
         Kind::Indexed => indexed(config, at),
-        Kind::Sliding => attention(config, at, Limit::Window(window)),
+        Kind::Sliding => kept(window, "sliding_window").and_then(|window| attention(config, at, Limit::Window(window))),
         Kind::SlidingOrFull => attention(config, at, Limit::WindowOrFull(window)),
-        Kind::Chunked => attention(config, at, Limit::Chunk(config.int(&["attention_chunk_size"]).unwrap_or(0))),
+        Kind::Chunked => kept(config.int(&["attention_chunk_size"]).unwrap_or(0), "attention_chunk_size")
+            .and_then(|chunk| attention(config, at, Limit::Chunk(chunk))),
         Kind::Linear => linear(config),
         Kind::Mamba => mamba(config),
         Kind::Conv => conv(config),
@@ -289,6 +290,17 @@ fn layer(config: &Config, kind: &Kind, at: usize) -> LayerCache {
 }
 
 type Known = Result<LayerCache, String>;
+
+/// A window or chunk that keeps anything at all.
+fn kept(tokens: u64, key: &str) -> Result<u64, String> {
+    if tokens > 0 { Ok(tokens) } else { Err(format!("layers have a window and config.json has no {key}")) }
+}
+
+/// A product of sizes. No layer of a real model keeps more than 2^48 elements a token or a state.
+fn product(sizes: &[u64]) -> Result<u64, String> {
+    let checked = sizes.iter().try_fold(1_u64, |product, &size| product.checked_mul(size));
+    checked.filter(|&product| product <= 1 << 48).ok_or_else(|| "the sizes in config.json are absurd".to_owned())
+}
 
 fn need(config: &Config, keys: &[&str]) -> Result<u64, String> {
     config.int(keys).ok_or_else(|| format!("config.json has no {}", keys[0]))
@@ -302,6 +314,10 @@ fn heads(config: &Config) -> Result<u64, String> {
     need(config, &["num_attention_heads", "n_heads", "n_head", "num_heads"])
 }
 
+const HEAD_DIMS: &[&str] = &["head_dim", "attention_head_dim", "d_kv", "kv_channels"];
+const KV_HEADS: &[&str] =
+    &["num_key_value_heads", "attn_config.kv_n_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"];
+
 fn attention(config: &Config, at: usize, limit: Limit) -> Known {
     if let Some(rank) = config.int(&["kv_lora_rank"]) {
         let rope = need(config, &["qk_rope_head_dim"])?;
@@ -311,14 +327,14 @@ fn attention(config: &Config, at: usize, limit: Limit) -> Known {
         return Ok(LayerCache { tokens: Some(tokens), ..LayerCache::none(kind) });
     }
     let windowed = matches!(limit, Limit::Window(_));
-    let head_dim = match config.int_of_layer(&["head_dim", "attention_head_dim", "d_kv", "kv_channels"], at) {
+    if let Some(key) = config.not_a_number(HEAD_DIMS).or_else(|| config.not_a_number(KV_HEADS)) {
+        return Err(format!("{key} in config.json is not a number"));
+    }
+    let head_dim = match config.int_of_layer(HEAD_DIMS, at) {
         Some(dim) => dim,
         None => hidden(config)? / heads(config)?.max(1),
     };
-    let kv_heads = match config.int_of_layer(
-        &["num_key_value_heads", "attn_config.kv_n_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num"],
-        at,
-    ) {
+    let kv_heads = match config.int_of_layer(KV_HEADS, at) {
         Some(count) => count,
         None if config.flag("multi_query") == Some(true) => 1,
         None => heads(config)?,
@@ -329,7 +345,7 @@ fn attention(config: &Config, at: usize, limit: Limit) -> Known {
         let key_dim = own(&["swa_head_dim"], head_dim);
         let value_dim = own(&["swa_v_head_dim"], own(&["v_head_dim"], key_dim));
         let factor = families::find(config).map_or(1, |family| family.window_kv_heads);
-        (own(&["swa_num_key_value_heads"], kv_heads * factor), key_dim, value_dim)
+        (own(&["swa_num_key_value_heads"], product(&[kv_heads, factor])?), key_dim, value_dim)
     } else {
         let key_dim = own(&["global_head_dim"], head_dim);
         (own(&["num_global_key_value_heads"], kv_heads), key_dim, own(&["v_head_dim"], key_dim))
@@ -340,7 +356,8 @@ fn attention(config: &Config, at: usize, limit: Limit) -> Known {
         Limit::Encoder => "cross_attention",
         Limit::Full | Limit::WindowOrFull(_) => "full_attention",
     };
-    let tokens = TokenCache { elements: kv_heads * (key_dim + value_dim), latent_rope: None, indexer: 0, limit };
+    let tokens =
+        TokenCache { elements: product(&[kv_heads, key_dim + value_dim])?, latent_rope: None, indexer: 0, limit };
     Ok(LayerCache { tokens: Some(tokens), ..LayerCache::none(kind) })
 }
 
@@ -377,27 +394,23 @@ fn linear(config: &Config) -> Known {
         let key_heads = need(config, &["linear_num_key_heads"])?;
         let (key_dim, value_dim) = (need(config, &["linear_key_head_dim"])?, need(config, &["linear_value_head_dim"])?);
         let kernel = need(config, &["linear_conv_kernel_dim"])?;
-        let channels = 2 * key_heads * key_dim + value_heads * value_dim;
-        let recurrent = value_heads * key_dim * value_dim;
-        return Ok(state(
-            "gated_delta",
-            recurrent,
-            state_dtype(config, StateDtype::F32),
-            channels * (kernel.max(1) - 1),
-        ));
+        let channels = product(&[2, key_heads, key_dim])? + product(&[value_heads, value_dim])?;
+        let recurrent = product(&[value_heads, key_dim, value_dim])?;
+        let conv = product(&[channels, kernel.max(1) - 1])?;
+        return Ok(state("gated_delta", recurrent, state_dtype(config, StateDtype::F32), conv));
     }
     if let Some(heads) = config.int(&["linear_attn_config.num_heads", "linear_num_heads"]) {
         // Kimi delta attention: one square state a head, three convolutions.
         let dim = need(config, &["linear_attn_config.head_dim", "linear_head_dim"])?;
         let kernel = need(config, &["linear_attn_config.short_conv_kernel_size", "linear_conv_kernel_dim"])?;
-        let conv = 3 * heads * dim * (kernel.max(1) - 1);
-        return Ok(state("kda", heads * dim * dim, state_dtype(config, StateDtype::F32), conv));
+        let conv = product(&[3, heads, dim, kernel.max(1) - 1])?;
+        return Ok(state("kda", product(&[heads, dim, dim])?, state_dtype(config, StateDtype::F32), conv));
     }
     if config.text_model_type().is_some_and(|name| name.starts_with("minimax")) {
         // Lightning attention: one square state a head.
         let heads = heads(config)?;
         let dim = config.int(&["head_dim"]).map_or_else(|| Ok(hidden(config)? / heads.max(1)), Ok::<u64, String>)?;
-        return Ok(state("lightning", heads * dim * dim, state_dtype(config, StateDtype::Model), 0));
+        return Ok(state("lightning", product(&[heads, dim, dim])?, state_dtype(config, StateDtype::Model), 0));
     }
     mamba(config).map_err(|_| "no formula for this model's linear attention".to_owned())
 }
@@ -408,24 +421,25 @@ fn mamba(config: &Config) -> Known {
     let expand = || config.int(&["mamba_expand", "expand"]).unwrap_or(2);
     let dtype = state_dtype(config, StateDtype::Model);
     let inner = config.int(&["mamba_d_ssm", "mamba_intermediate_size"]);
-    let inner = inner.map_or_else(|| hidden(config).map(|hidden| expand() * hidden), Ok)?;
+    let inner = inner.map_or_else(|| hidden(config).and_then(|hidden| product(&[expand(), hidden])), Ok)?;
     let own = &["mamba_num_heads", "mamba_n_heads", "n_mamba_heads"];
     let Some(heads) = config.int(own).or_else(|| config.int(&["num_heads"])) else {
-        return Ok(state("mamba", inner * state_size, dtype, inner * (kernel - 1)));
+        return Ok(state("mamba", product(&[inner, state_size])?, dtype, product(&[inner, kernel - 1])?));
     };
     // In a model of mixers alone, `head_dim` is the mixer's.
     let alone = if config.int(own).is_none() { config.int(&["head_dim"]) } else { None };
     let head_dim = config.int(&["mamba_head_dim", "mamba_d_head", "mamba_headdim"]).or(alone);
     let head_dim = head_dim.unwrap_or_else(|| inner / heads.max(1));
     let groups = config.int(&["n_groups", "mamba_n_groups", "mamba_ngroups"]).unwrap_or(1);
-    let inner = heads * head_dim;
-    Ok(state("mamba2", inner * state_size, dtype, (inner + 2 * groups * state_size) * (kernel - 1)))
+    let inner = product(&[heads, head_dim])?;
+    let channels = inner + product(&[2, groups, state_size])?;
+    Ok(state("mamba2", product(&[inner, state_size])?, dtype, product(&[channels, kernel - 1])?))
 }
 
 fn conv(config: &Config) -> Known {
     let width = config.int(&["conv_dim"]).map_or_else(|| hidden(config), Ok)?;
     let kernel = need(config, &["conv_L_cache", "conv_kernel"])?.max(1);
-    Ok(state("short_conv", 0, StateDtype::Model, width * (kernel - 1)))
+    Ok(state("short_conv", 0, StateDtype::Model, product(&[width, kernel - 1])?))
 }
 
 fn hybrid(config: &Config, at: usize) -> Known {
@@ -459,4 +473,34 @@ fn encoder_decoder(config: &Config) -> CachePlan {
         .and_then(|own| Ok([own, attention(config, 0, Limit::Encoder)?]))
         .unwrap_or_else(|reason| [LayerCache::unknown(reason), LayerCache::none("none")]);
     CachePlan { layers: (0..layers.min(4096)).flat_map(|_| both.clone()).collect(), unknown: None }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn layers(config: &str) -> Vec<LayerCache> {
+        CachePlan::new(&Config::parse(config.as_bytes(), "config.json").unwrap()).layers
+    }
+
+    #[test]
+    fn absurd_sizes_and_words_for_numbers_are_unknown() {
+        let config = |extra: &str| {
+            format!(r#"{{"model_type":"llama","num_hidden_layers":1,"hidden_size":64,"num_attention_heads":8{extra}}}"#)
+        };
+        assert_eq!(layers(&config(""))[0].unknown, None);
+        for extra in [
+            r#","head_dim":1099511627776,"num_key_value_heads":1099511627776"#,
+            r#","num_key_value_heads":"8""#,
+            r#","head_dim":4611686018427387904"#,
+            r#","layer_types":["sliding_attention"]"#,
+            r#","layer_types":["chunked_attention"]"#,
+            r#","layer_types":["brand_new_attention"]"#,
+        ] {
+            assert!(layers(&config(extra))[0].unknown.is_some(), "{extra}");
+        }
+        let absurd = r#"{"model_type":"kimi_linear","num_hidden_layers":1,"layer_types":["linear_attention"],
+            "linear_attn_config":{"num_heads":1000000000,"head_dim":1000000000,"short_conv_kernel_size":4}}"#;
+        assert!(layers(absurd)[0].unknown.is_some());
+    }
 }

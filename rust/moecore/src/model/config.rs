@@ -4,6 +4,9 @@ use serde_json::Value;
 
 use crate::error::{Error, ErrorKind, Result};
 
+/// No length, width or count of a model is larger.
+const LARGEST: u64 = 1 << 40;
+
 /// Sections that hold the language model of a composite model, outermost first.
 const TEXT_SECTIONS: &[&[&str]] = &[
     &["text_config"],
@@ -107,6 +110,13 @@ impl Config {
         own.and_then(|own| keys.iter().find_map(|key| as_int(own.get(key)?))).or_else(|| self.int_at(keys, layer))
     }
 
+    /// The first of `keys` that is there and neither a whole number nor a list: a config that cannot be taken at its word.
+    #[must_use]
+    pub fn not_a_number<'k>(&self, keys: &[&'k str]) -> Option<&'k str> {
+        let odd = |key: &&str| self.get(key).is_some_and(|value| as_int(value).is_none() && !value.is_array());
+        keys.iter().copied().find(odd)
+    }
+
     /// A boolean.
     #[must_use]
     pub fn flag(&self, key: &str) -> Option<bool> {
@@ -161,7 +171,18 @@ impl Config {
             "moe_num_experts",
             "num_routed_experts",
             "ffn_config.moe_num_experts",
+            "moe.num_experts",
         ])
+    }
+
+    /// Experts that text tokens choose among, where a block holds those of images behind them: ERNIE-VL states two
+    /// counts, or one count and two sizes.
+    #[must_use]
+    pub fn text_experts(&self) -> Option<u64> {
+        let pair = |key: &str| self.list(key).filter(|list| list.len() == 2);
+        let is_ernie = self.text_model_type().is_some_and(|name| name.starts_with("ernie"));
+        let of_sizes = || pair("moe_intermediate_size").filter(|_| is_ernie).and_then(|_| self.num_experts());
+        pair("moe_num_experts").and_then(|list| as_int(&list[0])).or_else(of_sizes)
     }
 
     /// Routed experts that one token uses in MoE layer `layer`.
@@ -180,6 +201,7 @@ impl Config {
                 "top_k_experts",
                 "num_selected_experts",
                 "ffn_config.moe_top_k",
+                "moe.num_experts_per_tok",
             ],
             layer,
         )
@@ -213,7 +235,10 @@ fn walk<'a>(value: &'a Value, path: &[&str]) -> Option<&'a Value> {
 fn as_int(value: &Value) -> Option<u64> {
     // Some configs write whole numbers as floats (`"sliding_window": 4096.0`).
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "checked to be whole and in range")]
-    value.as_u64().or_else(|| value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x)).map(|x| x as u64))
+    let whole = value
+        .as_u64()
+        .or_else(|| value.as_f64().filter(|x| x.fract() == 0.0 && (0.0..1e15).contains(x)).map(|x| x as u64));
+    whole.filter(|&number| number <= LARGEST)
 }
 
 #[cfg(test)]

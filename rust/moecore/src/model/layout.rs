@@ -3,8 +3,9 @@
 use hashbrown::{HashMap, HashSet};
 
 use crate::dtype::Dtype;
-use crate::header::inventory::{Inventory, Row};
+use crate::header::inventory::Inventory;
 use crate::header::names::{Indices, expand};
+use crate::model::blocks::{BlockCount, ExpertBlock, ExpertSize};
 use crate::model::config::Config;
 use crate::model::packing::{self, Counter};
 use crate::model::roles::{self, Role, Tag};
@@ -33,28 +34,6 @@ pub struct TensorGroup {
     pub parameters: u64,
 }
 
-/// The routed experts of one layer (or of one block, where a layer has several).
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ExpertBlock {
-    /// Name of the block, such as `model.layers.3.mlp`.
-    pub name: String,
-    /// The layer's number.
-    pub layer: u16,
-    /// What the experts are: routed experts, experts of an MTP module, or attention heads that are routed (JetMoE).
-    pub role: Role,
-    /// Bytes and logical parameters of each expert, by its number.
-    pub experts: Vec<ExpertSize>,
-}
-
-/// Size of one expert.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct ExpertSize {
-    /// Bytes, scales and biases included.
-    pub bytes: u64,
-    /// Logical parameters.
-    pub parameters: u64,
-}
-
 /// Which tensor of a checkpoint is what.
 #[derive(Debug, Default)]
 pub struct ModelLayout {
@@ -68,15 +47,6 @@ pub struct ModelLayout {
     pub unrecognised: Vec<String>,
     /// What does not fit together.
     pub warnings: Vec<String>,
-}
-
-/// An expert block while it is counted.
-struct BlockCount {
-    role: Role,
-    layer: u16,
-    numbered: Vec<ExpertSize>,
-    fused: ExpertSize,
-    fused_experts: u64,
 }
 
 /// What is found out once for all tensors of a pattern and rank, so that a tensor costs no look at its name.
@@ -93,19 +63,22 @@ struct Kind {
 
 /// Numbers for strings.
 #[derive(Default)]
-struct Numbers(Vec<String>);
+struct Numbers {
+    texts: Vec<String>,
+    numbers: HashMap<String, usize>,
+}
 
 impl Numbers {
     fn of(&mut self, text: &str) -> usize {
-        self.0.iter().position(|known| known == text).unwrap_or_else(|| {
-            self.0.push(text.to_owned());
-            self.0.len() - 1
+        *self.numbers.entry_ref(text).or_insert_with(|| {
+            self.texts.push(text.to_owned());
+            self.texts.len() - 1
         })
     }
 }
 
-/// Number of a block's pattern, and the numbers in its name.
-type BlockKey = (usize, Indices);
+/// Number of a block's pattern, the numbers in its name, and its role: a hostile name may mix roles in one block.
+type BlockKey = (usize, Indices, Role);
 
 impl ModelLayout {
     /// Finds the role of every tensor.
@@ -140,9 +113,9 @@ impl ModelLayout {
 
             let group = layout.group(kind, role, row.dtype, &inventory.patterns()[pattern]);
             group.tensors += 1;
-            group.bytes += size.bytes;
-            group.stored += inventory.elements(row);
-            group.parameters += size.parameters;
+            group.bytes = group.bytes.saturating_add(size.bytes);
+            group.stored = group.stored.saturating_add(inventory.elements(row));
+            group.parameters = group.parameters.saturating_add(size.parameters);
 
             if !kind.tag.recognised {
                 unknown += 1;
@@ -156,11 +129,9 @@ impl ModelLayout {
             if let Some((block, depth)) = kind.block.filter(|_| role != Role::Vision) {
                 let mut indices = row.indices;
                 indices.iter_mut().skip(depth).for_each(|index| *index = 0);
-                let layer = layer.unwrap_or(0);
-                let block = blocks.entry((block, indices)).or_insert_with(|| BlockCount::new(role, layer));
-                block.add(kind.tag.experts.as_ref().and_then(|experts| experts.index), row, size, || {
-                    fused_experts(inventory.shape(row), config)
-                });
+                let block = blocks.entry((block, indices, role)).or_insert_with(|| BlockCount::new(layer.unwrap_or(0)));
+                let slot = kind.tag.experts.as_ref().and_then(|experts| experts.index);
+                block.add(slot.map(|slot| row.indices[slot]), size, inventory.shape(row), config);
             }
         }
 
@@ -201,23 +172,11 @@ impl ModelLayout {
     }
 
     fn finish_blocks(&mut self, blocks: HashMap<BlockKey, BlockCount>, names: &Numbers) {
-        for ((number, indices), block) in blocks {
-            let name = expand(&names.0[number], indices);
-            let mut experts = block.numbered;
-            if block.fused_experts > 0 {
-                let count = block.fused_experts;
-                if !block.fused.bytes.is_multiple_of(count) {
-                    self.warnings.push(format!("{name}: fused expert tensors do not divide by {count} experts"));
-                }
-                let share = ExpertSize { bytes: block.fused.bytes / count, parameters: block.fused.parameters / count };
-                let length = usize::try_from(count).unwrap_or(usize::MAX).max(experts.len());
-                experts.resize(length, ExpertSize::default());
-                for expert in &mut experts {
-                    expert.bytes += share.bytes;
-                    expert.parameters += share.parameters;
-                }
-            }
-            self.expert_blocks.push(ExpertBlock { name, layer: block.layer, role: block.role, experts });
+        for ((number, indices, role), block) in blocks {
+            let name = expand(&names.texts[number], indices);
+            let (block, warning) = block.finish(name, role);
+            self.warnings.extend(warning);
+            self.expert_blocks.push(block);
         }
         self.expert_blocks.sort_by(|a, b| (a.role, a.layer, &a.name).cmp(&(b.role, b.layer, &b.name)));
     }
@@ -230,11 +189,11 @@ impl ModelLayout {
                 .push(format!("{count} tensor names are in more than one file ({names}); bytes count every copy"));
         }
         if let Some(stated) = config.num_experts() {
-            let found = self.main_blocks().map(|block| block.experts.len() as u64).max();
-            if let Some(found) = found.filter(|&found| found != stated && !self.has_expert_groups()) {
+            let found = self.main_blocks().map(ExpertBlock::count).max();
+            if let Some(found) = found.filter(|&found| found != stated && config.text_experts().is_none()) {
                 self.warnings.push(format!("config.json states {stated} experts, the headers hold {found}"));
             }
-            let holed = self.main_blocks().filter(|block| block.experts.iter().any(|expert| expert.bytes == 0)).count();
+            let holed = self.main_blocks().filter(|block| block.runs.iter().any(|(_, size)| size.bytes == 0)).count();
             if holed > 0 {
                 self.warnings.push(format!("{holed} expert blocks miss experts; the checkpoint is incomplete"));
             }
@@ -249,15 +208,10 @@ impl ModelLayout {
         self.expert_blocks.iter().filter(|block| block.role == Role::RoutedExpert)
     }
 
-    /// Whether some block holds experts of different sizes (ERNIE-VL: text and vision experts).
-    #[must_use]
-    pub fn has_expert_groups(&self) -> bool {
-        self.main_blocks().any(|block| block.size_groups().len() > 1)
-    }
-
     /// Sums a figure over the groups that `keep` accepts.
     pub fn sum(&self, keep: impl Fn(&TensorGroup) -> bool, figure: impl Fn(&TensorGroup) -> u64) -> u64 {
-        self.groups.iter().filter(|group| keep(group)).map(figure).sum()
+        // Files of one repo may lie about sizes that no disk holds.
+        self.groups.iter().filter(|group| keep(group)).map(figure).fold(0, u64::saturating_add)
     }
 
     /// The dtype that the model computes in, as its unquantised weights show it: embeddings first, else norms.
@@ -283,45 +237,6 @@ impl Kind {
     }
 }
 
-impl BlockCount {
-    fn new(role: Role, layer: u16) -> Self {
-        Self { role, layer, numbered: Vec::new(), fused: ExpertSize::default(), fused_experts: 0 }
-    }
-
-    /// Adds a tensor: to its expert, whose number is at `slot` of the name, or to all. What belongs to no expert alone
-    /// is left out.
-    fn add(&mut self, slot: Option<usize>, row: &Row, size: ExpertSize, fused_experts: impl FnOnce() -> Option<u64>) {
-        let share = if let Some(slot) = slot {
-            let number = usize::from(row.indices[slot]);
-            if self.numbered.len() <= number {
-                self.numbered.resize(number + 1, ExpertSize::default());
-            }
-            &mut self.numbered[number]
-        } else {
-            let Some(experts) = fused_experts() else { return };
-            self.fused_experts = self.fused_experts.max(experts);
-            &mut self.fused
-        };
-        share.bytes += size.bytes;
-        share.parameters += size.parameters;
-    }
-}
-
-impl ExpertBlock {
-    /// Runs of experts of equal size, in order: how many, and how large each is.
-    #[must_use]
-    pub fn size_groups(&self) -> Vec<(u64, ExpertSize)> {
-        let mut groups: Vec<(u64, ExpertSize)> = Vec::new();
-        for &expert in &self.experts {
-            match groups.last_mut() {
-                Some((count, size)) if *size == expert => *count += 1,
-                _ => groups.push((1, expert)),
-            }
-        }
-        groups
-    }
-}
-
 /// The first layer number that belongs to MTP: decoder layers past the last one are prediction modules.
 fn mtp_layers_from(config: &Config) -> Option<u64> {
     if config.flag("is_encoder_decoder") == Some(true) {
@@ -333,18 +248,6 @@ fn mtp_layers_from(config: &Config) -> Option<u64> {
 /// The part of a pattern before its first number: what tells an encoder's layers from a decoder's.
 fn prefix_of(pattern: &str) -> &str {
     pattern.split_once("{}").map_or(pattern, |(prefix, _)| prefix)
-}
-
-/// Experts in a fused tensor: its first dimension, unless the config's count says that rows of all experts are
-/// stacked there (DBRX: `[experts * intermediate, hidden]`). A vector of another length belongs to all experts and
-/// tells nothing (JetMoE's output bias).
-fn fused_experts(shape: &[u64], config: &Config) -> Option<u64> {
-    let first = shape.first().copied()?;
-    match config.num_experts().filter(|&stated| stated > 0) {
-        Some(stated) if first == stated => Some(stated),
-        Some(stated) if shape.len() == 2 && first.is_multiple_of(stated) => Some(stated),
-        _ => Some(first).filter(|_| shape.len() > 1),
-    }
 }
 
 #[cfg(test)]
@@ -381,10 +284,10 @@ mod tests {
             &[("transformer.blocks.0.ffn.experts.mlp.w1", &[64, 3])],
             r#"{"n_layers":1,"ffn_config":{"moe_num_experts":16}}"#,
         );
-        assert_eq!(stacked.expert_blocks[0].size_groups(), [(16, ExpertSize { bytes: 24, parameters: 12 })]);
+        assert_eq!(stacked.expert_blocks[0].runs, [(16, ExpertSize { bytes: 24, parameters: 12 })]);
         let fused =
             layout(&[("layers.0.experts.down_proj", &[4, 5, 3]), ("layers.0.experts.b_proj_bias", &[4, 2])], "{}");
-        assert_eq!(fused.expert_blocks[0].size_groups(), [(4, ExpertSize { bytes: 34, parameters: 17 })]);
+        assert_eq!(fused.expert_blocks[0].runs, [(4, ExpertSize { bytes: 34, parameters: 17 })]);
     }
 
     #[test]
@@ -393,7 +296,28 @@ mod tests {
             &[("l.0.experts.0.w", &[4]), ("l.0.experts.1.w", &[4]), ("l.0.experts.3.w", &[2])],
             r#"{"num_experts":4}"#,
         );
-        assert_eq!(layout.expert_blocks[0].size_groups().len(), 3);
+        assert_eq!(layout.expert_blocks[0].runs.len(), 3);
+        assert_eq!(layout.expert_blocks[0].count(), 4);
         assert!(layout.warnings.iter().any(|warning| warning.contains("miss experts")), "{:?}", layout.warnings);
+    }
+
+    #[test]
+    fn claims_of_endless_experts_cost_nothing() {
+        let claims = layout(
+            &[("l.0.experts.down_proj", &[1 << 50, 0]), ("l.1.experts.65535.w", &[1]), ("l.{}.experts.{}.w", &[2])],
+            r#"{"num_experts":1125899906842624}"#,
+        );
+        let counts: Vec<u64> = claims.expert_blocks.iter().map(ExpertBlock::count).collect();
+        assert!(counts.contains(&65_536) && counts.iter().all(|&count| count <= 65_536), "{counts:?}");
+        assert!(claims.expert_blocks.iter().all(|block| block.runs.len() <= 2));
+    }
+
+    #[test]
+    fn roles_in_one_block_stay_apart() {
+        let mixed = layout(
+            &[("l.0.self_attn.experts.0.w.weight", &[4, 4]), ("l.0.self_attn.experts.0.mtp.weight", &[64, 64])],
+            r#"{"num_experts_per_tok":1,"num_experts":1}"#,
+        );
+        assert_eq!(mixed.expert_blocks.len(), 2);
     }
 }

@@ -11,6 +11,7 @@
 //! Families are data: word lists in [`roles`], key lists in [`config`], rows in [`families`].
 
 pub mod attention;
+pub mod blocks;
 pub mod config;
 pub mod families;
 pub mod layout;
@@ -19,7 +20,8 @@ pub mod roles;
 pub mod unlisted;
 
 pub use attention::CachePlan;
+pub use blocks::ExpertBlock;
 pub use config::Config;
 
-pub use layout::{ExpertBlock, ModelLayout, TensorGroup};
+pub use layout::{ModelLayout, TensorGroup};
 pub use roles::Role;

@@ -12,7 +12,7 @@ use crate::model::roles::Role;
 /// The plan of a model that no family row names, or nothing.
 #[must_use]
 pub fn plan(config: &Config, layout: &ModelLayout) -> Option<CachePlan> {
-    if families::find(config).is_some() || config.flag("is_encoder_decoder") == Some(true) {
+    if families::find(config).is_some() || config.flag("is_encoder_decoder") == Some(true) || !generates(config) {
         return None;
     }
     let plan = CachePlan::of_family(config, &families::UNLISTED);
@@ -20,10 +20,18 @@ pub fn plan(config: &Config, layout: &ModelLayout) -> Option<CachePlan> {
     let rows = projection(layout, ".k_proj.weight", hidden, plan.layers.len())?
         + projection(layout, ".v_proj.weight", hidden, plan.layers.len())?;
     let borne_out = plan.layers.iter().all(|layer| {
-        let plain = layer.state.is_none() && layer.unknown.is_none();
-        plain && layer.tokens.is_some_and(|tokens| tokens.elements == rows && tokens.latent_rope.is_none())
+        let attention_alone = layer.state.is_none() && layer.unknown.is_none();
+        attention_alone && layer.tokens.is_some_and(|tokens| tokens.elements == rows && tokens.latent_rope.is_none())
     });
     Some(plan).filter(|_| borne_out)
+}
+
+/// Whether the model is one that writes text: encoders have heads too, and keep no cache.
+fn generates(config: &Config) -> bool {
+    let names = config.list("architectures").unwrap_or_default().iter().filter_map(serde_json::Value::as_str);
+    names
+        .into_iter()
+        .any(|name| ["ForCausalLM", "LMHeadModel", "ForConditionalGeneration"].iter().any(|end| name.ends_with(end)))
 }
 
 /// Rows of a projection that each of `layers` layers has once, all of one size.
@@ -59,10 +67,11 @@ mod tests {
     #[test]
     fn heads_are_believed_when_the_shapes_agree() {
         let config = r#"{"model_type":"brand_new","num_hidden_layers":2,"hidden_size":64,"num_attention_heads":8,
-            "num_key_value_heads":2}"#;
+            "num_key_value_heads":2,"architectures":["BrandNewForCausalLM"]}"#;
         assert_eq!(plan_of(config, 16).map(|plan| plan.layers.len()), Some(2));
         assert_eq!(plan_of(config, 32), None, "keys of another size");
         assert_eq!(plan_of(&config.replace(":2,\"hidden", ":3,\"hidden"), 16), None, "a layer without keys");
+        assert_eq!(plan_of(&config.replace("ForCausalLM", "Encoder"), 16), None, "keeps no cache");
         assert_eq!(plan_of(&config.replace("brand_new", "llama"), 16), None, "has a row of its own");
     }
 }

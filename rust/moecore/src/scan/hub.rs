@@ -58,10 +58,13 @@ pub async fn scan_hub(context: Context, target: HubTarget, cost: Arc<Cost>) -> R
     }
     let reader = Reader { context, target, cost, hint: Arc::new(SizeHint::new(FIRST_RANGE)) };
     let known = cached.files.len();
-    let (checkpoint, complete) = reader.read(cached).await?;
+    let (mut checkpoint, complete) = reader.read(cached).await?;
     if let Some(cache) = context.cache.as_ref().filter(|_| checkpoint.files.len() > known || complete) {
+        let failures = std::mem::take(&mut checkpoint.failures);
+        let entry = to_cache(checkpoint, complete);
         // Failing to store costs only the next scan's time.
-        let _ = cache.store(key.0, key.1, key.2, &to_cache(&checkpoint, complete));
+        let _ = cache.store(key.0, key.1, key.2, &entry);
+        checkpoint = Checkpoint { failures, ..from_cache(entry) };
     }
     Ok(checkpoint)
 }
@@ -78,17 +81,15 @@ fn from_cache(entry: Entry) -> Checkpoint {
     }
 }
 
-fn to_cache(checkpoint: &Checkpoint, complete: bool) -> Entry {
-    let mut inventory = Inventory::default();
-    inventory.merge(&checkpoint.inventory);
+fn to_cache(checkpoint: Checkpoint, complete: bool) -> Entry {
     Entry {
-        files: checkpoint.files.clone(),
-        inventory,
+        files: checkpoint.files,
+        inventory: checkpoint.inventory,
         header_bytes: checkpoint.header_bytes,
-        config: checkpoint.config.clone(),
-        quant_config: checkpoint.quant_config.clone(),
+        config: checkpoint.config,
+        quant_config: checkpoint.quant_config,
         complete,
-        warnings: checkpoint.warnings.clone(),
+        warnings: checkpoint.warnings,
     }
 }
 
@@ -114,61 +115,70 @@ impl Reader<'_> {
             let message = "the repo holds no .safetensors file; other formats are not read";
             return Err(Error::new(ErrorKind::InvalidTarget, message).with_file(&self.target.repo));
         }
+        let settled = self.settle(&mut selection).await?;
+        // A partial entry of another selection (an index that could not be read then) is of no use now.
+        let usable = cached.files.iter().all(|file| selection.shards.contains(file));
+        let cached = if usable { cached } else { Entry::default() };
         let mut checkpoint = from_cache(Entry { warnings: selection.warnings.clone(), ..cached });
-        self.settle(&mut selection, &mut checkpoint).await?;
+        checkpoint.failures.extend(settled);
 
         let (config, shards) = tokio::join!(
-            self.configs(&selection, checkpoint.config.is_none()),
+            self.configs(&selection, &checkpoint),
             self.shards(selection.shards.iter().filter(|name| !checkpoint.files.contains(name)).cloned().collect())
         );
         take_configs(config, &mut checkpoint);
         let mut failures = shards.failures;
-        checkpoint.inventory.merge(&shards.inventory);
+        if checkpoint.files.is_empty() {
+            checkpoint.inventory = shards.inventory;
+        } else {
+            checkpoint.inventory.merge(&shards.inventory);
+        }
         checkpoint.header_bytes += shards.header_bytes;
         checkpoint.files.extend(shards.files);
         if checkpoint.files.is_empty() || self.context.cancel.is_cancelled() {
             failures.sort_by_key(|error| error.kind() != ErrorKind::AccessDenied);
             return Err(failures.into_iter().next().unwrap_or_else(|| Error::new(ErrorKind::Cancelled, "cancelled")));
         }
-        for name in &selection.missing {
-            let message = "this shard is missing from the repo; the upload is not complete";
-            failures.push(Error::new(ErrorKind::NotFound, message).with_file(name));
-        }
+        failures.extend(selection.missing_error("the upload is not complete"));
         checkpoint.failures.extend(failures);
         checkpoint.files.sort_unstable();
         let complete = checkpoint.failures.is_empty();
         Ok((checkpoint, complete))
     }
 
-    /// Lets the index say which files count, where their names do not.
-    async fn settle(&self, selection: &mut Selection, checkpoint: &mut Checkpoint) -> Result<()> {
-        let Some(name) = selection.ambiguous_until.clone() else { return Ok(()) };
-        match self.small(&name, MAX_INDEX_LEN).await.and_then(|json| match json {
-            Some(json) => Index::parse(&json, &name)?.files(&name).map(Some),
-            None => Ok(None),
-        }) {
-            Ok(Some(named)) => {
+    /// Lets the index say which files count, where their names do not. Gives the failure when it cannot be read: all
+    /// files are counted then, and the result is not for the cache.
+    async fn settle(&self, selection: &mut Selection) -> Result<Option<Error>> {
+        let Some(name) = selection.ambiguous_until.clone() else { return Ok(None) };
+        let read = self.small(&name, MAX_INDEX_LEN).await.and_then(|json| match json {
+            Some(json) => Index::parse(&json, &name)?.files(&name),
+            None => Ok(Vec::new()),
+        });
+        match read {
+            Ok(named) if named.iter().any(|file| selection.shards.contains(file)) => {
                 selection.missing = named.iter().filter(|file| !selection.shards.contains(file)).cloned().collect();
                 selection.shards.retain(|file| named.contains(file));
-                Ok(())
+                Ok(None)
             }
-            Ok(None) => Ok(()),
+            Ok(_) => {
+                selection.warnings.push(format!("{name} names none of the files that are there; all are counted"));
+                Ok(None)
+            }
             Err(error) if error.kind() == ErrorKind::Cancelled => Err(error),
-            Err(error) => {
-                checkpoint
-                    .warnings
-                    .push(format!("all weight files are counted, since the index cannot be used: {error}"));
-                Ok(())
-            }
+            Err(error) => Ok(Some(error)),
         }
     }
 
-    async fn configs(&self, selection: &Selection, wanted: bool) -> [Result<Option<Vec<u8>>>; 2] {
-        let read = async |name: &Option<String>| match name {
+    /// Reads what `checkpoint` does not have yet.
+    async fn configs(&self, selection: &Selection, checkpoint: &Checkpoint) -> [Result<Option<Vec<u8>>>; 2] {
+        let read = async |name: &Option<String>, wanted: bool| match name {
             Some(name) if wanted => self.small(name, MAX_CONFIG_LEN).await,
             _ => Ok(None),
         };
-        let (config, quant_config) = tokio::join!(read(&selection.config), read(&selection.quant_config));
+        let (config, quant_config) = tokio::join!(
+            read(&selection.config, checkpoint.config.is_none()),
+            read(&selection.quant_config, checkpoint.quant_config.is_none())
+        );
         [config, quant_config]
     }
 

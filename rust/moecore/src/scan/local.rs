@@ -1,5 +1,7 @@
 //! Local targets: a folder, one `.safetensors` file, or an index file.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -63,7 +65,7 @@ fn with_index(folder: &Path, mut selection: Selection) -> Result<(Selection, Opt
 }
 
 fn read(folder: &Path, selection: Selection, index: Option<&Index>) -> Result<Checkpoint> {
-    let mut checkpoint = Checkpoint { warnings: selection.warnings, ..Checkpoint::default() };
+    let mut checkpoint = Checkpoint { warnings: selection.warnings.clone(), ..Checkpoint::default() };
     for name in &selection.shards {
         match Header::read(&folder.join(name)) {
             Ok(header) => {
@@ -77,11 +79,7 @@ fn read(folder: &Path, selection: Selection, index: Option<&Index>) -> Result<Ch
     if checkpoint.files.is_empty() {
         return Err(checkpoint.failures.swap_remove(0));
     }
-    for name in selection.missing {
-        let message = "this shard is missing; download it again";
-        let file = folder.join(name).display().to_string();
-        checkpoint.failures.push(Error::new(ErrorKind::NotFound, message).with_file(file));
-    }
+    checkpoint.failures.extend(selection.missing_error("download the repo again"));
     for (name, place) in
         [(selection.config, &mut checkpoint.config), (selection.quant_config, &mut checkpoint.quant_config)]
     {
@@ -121,12 +119,19 @@ fn entries(folder: &Path) -> Result<Vec<(String, PathBuf)>> {
 }
 
 fn small(path: &Path, limit: u64) -> Result<Vec<u8>> {
-    let length = std::fs::metadata(path).map_err(|source| io_error(path, source))?.len();
-    if length > limit {
-        let message = format!("has {length} bytes; such files have at most {limit}");
-        return Err(Error::new(ErrorKind::InvalidConfig, message).with_file(path.display().to_string()));
+    let refuse =
+        |message: String| Err(Error::new(ErrorKind::InvalidConfig, message).with_file(path.display().to_string()));
+    // Asked before opening: a pipe would wait for its writer, and a device may have no end.
+    if !std::fs::metadata(path).map_err(|source| io_error(path, source))?.is_file() {
+        return refuse("not a regular file; replace it by the repo's own".to_owned());
     }
-    std::fs::read(path).map_err(|source| io_error(path, source))
+    let mut bytes = Vec::new();
+    let mut reader = File::open(path).map_err(|source| io_error(path, source))?.take(limit + 1);
+    reader.read_to_end(&mut bytes).map_err(|source| io_error(path, source))?;
+    if bytes.len() as u64 > limit {
+        return refuse(format!("is longer than {limit} bytes; such files are shorter"));
+    }
+    Ok(bytes)
 }
 
 fn io_error(path: &Path, source: std::io::Error) -> Error {

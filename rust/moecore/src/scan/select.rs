@@ -3,7 +3,9 @@
 //! Repos hold the same weights several times (`consolidated*`, `original/`, fp16 variants) and things that are not
 //! the model (adapters). Everything left out is named in a warning.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
+
+use crate::error::{Error, ErrorKind};
 
 /// The files that make up a model.
 #[derive(Debug, Default, PartialEq, Eq)]
@@ -20,9 +22,26 @@ pub struct Selection {
     pub quant_config: Option<String>,
     /// What was left out, and what is missing.
     pub warnings: Vec<String>,
-    /// Shards that the numbering promises and the list lacks.
+    /// Shards that the numbering or the index promises and the list lacks: the first few.
     pub missing: Vec<String>,
+    /// How many more of them there are.
+    pub missing_more: u64,
 }
+
+impl Selection {
+    /// One error for all missing shards.
+    #[must_use]
+    pub fn missing_error(&self, advice: &str) -> Option<Error> {
+        let (first, rest) = self.missing.split_first()?;
+        let more = rest.len() as u64 + self.missing_more;
+        let others = if more > 0 { format!(" and {more} more shards") } else { String::new() };
+        let message = format!("this shard is missing{others}; {advice}");
+        Some(Error::new(ErrorKind::NotFound, message).with_file(first))
+    }
+}
+
+/// Missing shards that are named; one tiny file may promise a hundred thousand.
+const MISSING_NAMED: usize = 16;
 
 /// Folders that hold copies in other formats.
 const COPIES: &[&str] = &["original", "onnx", "openvino", "coreml", "metal", "gguf"];
@@ -63,6 +82,10 @@ pub fn select(files: &[String]) -> Selection {
     selection.index = files.iter().find(|name| *name == "model.safetensors.index.json").cloned().or_else(|| {
         files.iter().find(|name| name.ends_with(".safetensors.index.json") && !name.contains('/')).cloned()
     });
+    let has_root = !(plain.is_empty() && consolidated.is_empty());
+    if has_root && !nested.is_empty() {
+        left_out.insert("in subfolders", nested.len());
+    }
     let chosen = if !plain.is_empty() {
         if !consolidated.is_empty() {
             left_out.insert("consolidated copies", consolidated.len());
@@ -87,7 +110,9 @@ pub fn select(files: &[String]) -> Selection {
         }
     }
     for (set, numbers) in &sets {
-        selection.missing.extend(missing(set, numbers));
+        let (names, more) = missing(set, numbers, MISSING_NAMED.saturating_sub(selection.missing.len()));
+        selection.missing.extend(names);
+        selection.missing_more += more;
     }
     for (what, count) in left_out {
         selection.warnings.push(format!("left out: {count} files ({what})"));
@@ -119,7 +144,7 @@ struct Set {
 /// Numbers of a set, and how wide they are written: 1 where they are not padded (Kimi-K2: `model-1-of-61`).
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Numbers {
-    present: Vec<u64>,
+    present: BTreeSet<u64>,
     width: usize,
 }
 
@@ -137,7 +162,7 @@ fn sets(shards: &[String]) -> BTreeMap<Set, Numbers> {
         });
         if let Some((set, number, width)) = numbered {
             let numbers = sets.entry(set).or_default();
-            numbers.present.push(number);
+            numbers.present.insert(number);
             numbers.width = numbers.width.max(width);
         } else {
             sets.insert(Set { stem: stem.to_owned(), of: String::new() }, Numbers::default());
@@ -146,14 +171,22 @@ fn sets(shards: &[String]) -> BTreeMap<Set, Numbers> {
     sets
 }
 
-/// Names of a set that are not there. gpt-oss counts from 0 and holds one more than it says.
-fn missing(set: &Set, numbers: &Numbers) -> Vec<String> {
-    let Ok(of) = set.of.parse::<u64>() else { return Vec::new() };
+/// The first `limit` names of a set that are not there, and how many more. gpt-oss counts from 0 and holds one more
+/// than it says.
+fn missing(set: &Set, numbers: &Numbers, limit: usize) -> (Vec<String>, u64) {
+    let Ok(of) = set.of.parse::<u64>() else { return (Vec::new(), 0) };
     let first = u64::from(!numbers.present.contains(&0));
-    (first..=of.min(100_000))
+    let promised = (of.saturating_add(1)).saturating_sub(first);
+    let count = promised.saturating_sub(numbers.present.range(first..=of.max(first)).count() as u64);
+    // Of limit + present numbers at least `limit` are missing ones.
+    let looked_at = (limit + numbers.present.len()) as u64;
+    let names: Vec<String> = (first..=of.min(first.saturating_add(looked_at)))
         .filter(|number| !numbers.present.contains(number))
+        .take(limit)
         .map(|number| format!("{}-{number:0width$}-of-{}{ENDING}", set.stem, set.of, width = numbers.width))
-        .collect()
+        .collect();
+    let more = count.saturating_sub(names.len() as u64);
+    (names, more)
 }
 
 #[cfg(test)]
@@ -209,6 +242,10 @@ mod tests {
             "model-00002-of-00002.safetensors",
         ]);
         assert!(from_zero.missing.is_empty());
+        let boast = selected(&["model-00001-of-99999.safetensors"]);
+        assert_eq!((boast.missing.len(), boast.missing_more), (16, 99_998 - 16));
+        assert!(boast.missing_error("x").unwrap().to_string().contains("and 99997 more"));
+        assert_eq!(selected(&["model-1-of-18446744073709551615.safetensors"]).missing.len(), 16);
         // Kimi-K2 does not pad its numbers.
         let unpadded: Vec<String> =
             (1..=12).filter(|n| *n != 7).map(|n| format!("model-{n}-of-12.safetensors")).collect();

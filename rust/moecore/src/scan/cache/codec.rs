@@ -9,9 +9,9 @@ use crate::header::inventory::Row;
 use crate::header::names::Indices;
 
 /// Number of this format. Entries of other formats lie in other folders.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 
-const MAGIC: &[u8; 8] = b"moecore\x01";
+const MAGIC: &[u8; 8] = b"moecore\x02";
 
 /// What the cache keeps of a commit.
 #[derive(Debug, Default, PartialEq)]
