@@ -338,7 +338,7 @@ def empty_cache(tmp_path: Path) -> None:
             path.unlink()
 
 
-@pytest.mark.parametrize("tail", [b'{"schema":"moecore.scan/1","target":"org/good-0', b"{", b"\0\0\0", b'"x"\n'])
+@pytest.mark.parametrize("tail", [b'{"schema":"moecore.scan/1","target":"org/good-0', b"{"])
 def test_resume_tolerates_a_broken_last_line(hub: FakeHub, tmp_path: Path, tail: bytes) -> None:
     out = tmp_path / "out.jsonl"
     first = list(GOOD)[:3]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from moecore._core import __version__
 from moecore.errors import MoecoreError, TargetError
 from moecore.output import FORMATS, finished_targets, open_sink
+from moecore.report import printable
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
@@ -33,12 +35,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _scan(arguments)
     except MoecoreError as error:
-        print(f"moecore: error: {error}", file=sys.stderr)
+        print(f"moecore: error: {printable(str(error))}", file=sys.stderr)
+        _drop_unwritten()
         return 2
     except BrokenPipeError:
         # The reader of our output has had enough (`| head`); nothing may be written at exit either.
+        _drop_unwritten()
         sys.stderr.close()
         return 141  # as if by SIGPIPE
+
+
+def _drop_unwritten() -> None:
+    """What standard output does not take must not be tried, and complained of, once more at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,13 +120,14 @@ def _scan(arguments: argparse.Namespace) -> int:
             cache=not arguments.no_cache,
         )
     )
-    failed = 0
+    failed = count = 0
     with contextlib.ExitStack() as stack:
         sink = open_sink(kind, arguments.output, targets, stack, append=arguments.resume)
         reports = stack.enter_context(contextlib.closing(_reports(session, left, arguments, skipped=len(done))))
         try:
             for report in reports:
                 sink.write(report)
+                count += 1
                 if report.error is not None:
                     failed += 1
                     if report.status == "error" or len(left) > 1:
@@ -124,7 +137,10 @@ def _scan(arguments: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             session.cancel()
             hint = "; --resume goes on from here" if kind == "jsonl" and arguments.output else ""
-            print(f"moecore: interrupted{hint}", file=sys.stderr)
+            print(f"moecore: interrupted after {count} of {len(left)} targets{hint}", file=sys.stderr)
+            # With nothing to say, a file of an earlier run is better left as it is.
+            if count:
+                sink.close()
             return 130
         sink.close()
     return 1 if failed else 0
@@ -133,7 +149,7 @@ def _scan(arguments: argparse.Namespace) -> int:
 def _line(report: ScanReport) -> str:
     """The error of a report on one line, naming its target once."""
     text = " ".join((report.error or "").split())
-    return text if text.startswith(report.requested) else f"{report.requested}: {text}"
+    return printable(text if text.startswith(report.requested) else f"{report.requested}: {text}")
 
 
 def _targets(arguments: argparse.Namespace) -> list[str]:

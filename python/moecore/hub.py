@@ -13,7 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from moecore.errors import AccessError, HubError, NetworkError, NotFoundError, OfflineError, RateLimitError
+from moecore._core import __version__
+from moecore.errors import (
+    AccessError,
+    CancelledError,
+    HubError,
+    NetworkError,
+    NotFoundError,
+    OfflineError,
+    RateLimitError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -36,6 +45,9 @@ _MOST_PAGES = 1_000
 _RETRIES = 5
 _RETRY_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _LONGEST_PAUSE = 330.0
+
+#: No wait is longer than this without a look at whether the scan was cancelled.
+_SLICE = 0.2
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ def resolve_commit(
         NotFoundError: no such repo or revision.
         AccessError: gated, private, or a token that is not accepted.
         RateLimitError, NetworkError: the hub does not answer, after retries.
+        CancelledError: ``cancelled`` says so.
     """
     session = _Session(hub, scanner, repo, revision, cancelled)
     info = session.get_json(f"{hub.endpoint}/api/models/{repo}/revision/{quote(revision, safe='')}")
@@ -162,9 +175,10 @@ class _Session:
         import httpx2
         from huggingface_hub.utils import build_hf_headers, get_session
 
-        headers = build_hf_headers(token=self.hub.token or False, library_name="moecore")
+        headers = build_hf_headers(token=self.hub.token or False, library_name="moecore", library_version=__version__)
         for attempt in range(_RETRIES + 1):
             self._wait(url)
+            self._check()
             self.requests += 1
             try:
                 response = get_session().get(url, headers=headers, timeout=30.0)
@@ -175,7 +189,7 @@ class _Session:
                         f"{self.repo}: {self.hub.endpoint} does not answer ({what}); check the network and HF_ENDPOINT"
                     )
                     raise NetworkError(message) from error
-                time.sleep(_backoff(attempt))
+                self._sleep(_backoff(attempt))
                 continue
             self.bytes_fetched += len(response.content)
             self.scanner.note_response(url, response.status_code, list(response.headers.items()))
@@ -184,7 +198,7 @@ class _Session:
             if response.status_code not in _RETRY_STATUS or attempt == _RETRIES:
                 raise _error(response, self.repo, self.revision)
             if not self.scanner.pause_for(url):
-                time.sleep(_backoff(attempt))
+                self._sleep(_backoff(attempt))
         raise AssertionError("the last attempt returns or raises")
 
     def _wait(self, url: str) -> None:
@@ -195,9 +209,18 @@ class _Session:
                 raise RateLimitError(
                     f"{self.repo}: the hub asks to wait {pause:.0f} s; set HF_TOKEN or scan fewer repos"
                 )
-            if self.cancelled():
-                return
-            time.sleep(min(pause, 0.2))
+            self._sleep(min(pause, _SLICE))
+
+    def _sleep(self, seconds: float) -> None:
+        """Sleeps, but not on after a cancel."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._check()
+            time.sleep(min(left, _SLICE))
+
+    def _check(self) -> None:
+        if self.cancelled():
+            raise CancelledError(f"{self.repo}: cancelled")
 
 
 def _is_file(entry: object) -> bool:

@@ -12,12 +12,14 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from moecore.report import printable
+
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from rich.console import RenderableType
 
-    from moecore.report import KvCache, ScanReport
+    from moecore.report import Architecture, KvCache, ScanReport
 
 _BAR = 30
 _BLOCKS = " ▏▎▍▌▋▊▉"
@@ -65,7 +67,8 @@ def bar(share: float, width: int = _BAR) -> str:
 def page(report: ScanReport) -> RenderableType:
     """One report as a panel."""
     if report.architecture is None or report.parameters is None or report.bytes is None or report.kv_cache is None:
-        return Panel(Text(report.error or "no report", style="red"), title=escape(report.target), border_style="red")
+        failure = Text(printable(report.error or "no report"), style="red")
+        return Panel(failure, title=escape(printable(report.target)), border_style="red")
     arch, params, weights, kv = report.architecture, report.parameters, report.bytes, report.kv_cache
     parts: list[RenderableType] = [_summary(report), Text()]
 
@@ -85,18 +88,20 @@ def page(report: ScanReport) -> RenderableType:
             row(label, weights.by_role[role], number(params.by_role[role]), colour)
     if arch.num_experts:
         row("routed experts", weights.routed_experts, number(params.routed), "red", head=True)
-        note = f"  {arch.moe_layers} × {arch.num_experts} × {size(weights.per_expert)}"
-        table.add_row(Text(note, style="dim"))
+        # Where layers differ in their experts there is no such product.
+        if arch.moe_layers * arch.num_experts * weights.per_expert == weights.routed_experts:
+            note = f"  {arch.moe_layers} × {arch.num_experts} × {size(weights.per_expert)}"
+            table.add_row(Text(note, style="dim"))
     table.add_row(Text("total weights", style="bold"), size(weights.total), "", "", number(params.checkpoint))
     parts += [table, Text(), _cache(kv)]
     if report.error:
-        parts.append(Text(f"\n✗ {report.error}", style="red"))
-    parts += [Text(f"! {warning}", style="yellow") for warning in report.warnings]
+        parts.append(Text(f"\n✗ {printable(report.error)}", style="red"))
+    parts += [Text(f"! {printable(warning)}", style="yellow") for warning in report.warnings]
     if report.unrecognised:
-        names = ", ".join(report.unrecognised[:4])
+        names = printable(", ".join(report.unrecognised[:4]))
         parts.append(Text(f"! unrecognised tensors, counted as other: {names} …", style="yellow"))
     revision = f" @ {report.revision[:12]}" if report.revision else ""
-    title = f"[bold]{escape(report.target)}[/]{escape(revision)}"
+    title = f"[bold]{escape(printable(report.target))}[/]{escape(printable(revision))}"
     colour = "yellow" if report.status == "partial" else "green"
     return Panel(Group(*parts), title=title, border_style=colour, subtitle=_cost(report), expand=False, padding=(1, 2))
 
@@ -106,17 +111,15 @@ def _summary(report: ScanReport) -> Text:
     if arch is None or params is None or weights is None:
         raise ValueError("a failed report has no summary")
     text = Text()
-    text.append(arch.model_type or "unknown model type", style="bold")
+    text.append(printable(arch.model_type or "unknown model type"), style="bold")
     text.append(f" · {arch.layers} layers")
     if arch.num_experts:
         shared = f" + {arch.shared_experts} shared" if arch.shared_experts else ""
-        text.append(
-            f" · top-{arch.experts_per_token} of {arch.num_experts} experts{shared} in {arch.moe_layers} layers"
-        )
+        text.append(f" · top-{_top_k(arch)} of {arch.num_experts} experts{shared} in {arch.moe_layers} layers")
     dtypes = sorted(weights.by_dtype, key=lambda name: -weights.by_dtype[name])
-    text.append(f" · {', '.join(dtypes[:3])}")
+    text.append(f" · {printable(', '.join(dtypes[:3]))}")
     if arch.quantization:
-        text.append(f" ({arch.quantization})")
+        text.append(f" ({printable(arch.quantization)})")
     text.append("\n")
     text.append(number(params.total), style="bold")
     text.append(" parameters")
@@ -132,10 +135,10 @@ def _cache(kv: KvCache) -> Text:
     text = Text()
     text.append("KV cache", style="bold magenta")
     length = f"{kv.max_model_len:,} tokens × {kv.batch_size}" if kv.max_model_len else "no context length"
-    text.append(f"  {length}, {kv.dtype}: ")
+    text.append(f"  {length}, {printable(kv.dtype)}: ")
     if kv.status == "unknown":
         text.append("unknown", style="bold yellow")
-        text.append(f" ({kv.reason})")
+        text.append(f" ({printable(kv.reason or 'no reason given')})")
         return text
     bounds = f"{size(kv.bytes)} to {size(kv.bytes_upper)}" if kv.status == "bounded" else size(kv.bytes)
     text.append(bounds, style="bold")
@@ -145,8 +148,13 @@ def _cache(kv: KvCache) -> Text:
     kinds = ", ".join(f"{sum(len(g.layers) for g in kv.per_layer if g.kind == kind)} {kind}" for kind in _kinds(kv))
     text.append(f"\n  {kinds}", style="dim")
     if kv.reason:
-        text.append(f"\n  {kv.reason}", style="yellow")
+        text.append(f"\n  {printable(kv.reason)}", style="yellow")
     return text
+
+
+def _top_k(arch: Architecture) -> str:
+    # 0 is what a config without the key gives.
+    return str(arch.experts_per_token or "?")
 
 
 def _kinds(kv: KvCache) -> list[str]:
@@ -170,14 +178,15 @@ def overview(reports: Iterable[ScanReport]) -> Table:
     for report in reports:
         arch, params, weights, kv = report.architecture, report.parameters, report.bytes, report.kv_cache
         if arch is None or params is None or weights is None or kv is None:
-            table.add_row(Text(report.target, style="red"), *[""] * 7, Text(report.error_type or "error", style="red"))
+            kind = Text(printable(report.error_type or "error"), style="red")
+            table.add_row(Text(printable(report.target), style="red"), *[""] * 7, kind)
             continue
         share = weights.routed_experts / weights.total if weights.total else 0.0
         table.add_row(
-            Text(report.target, style="yellow" if report.status == "partial" else ""),
+            Text(printable(report.target), style="yellow" if report.status == "partial" else ""),
             number(params.total),
             number(params.active),
-            f"{arch.experts_per_token}/{arch.num_experts}" if arch.num_experts else "dense",
+            f"{_top_k(arch)}/{arch.num_experts}" if arch.num_experts else "dense",
             size(weights.base, 1),
             size(weights.routed_experts, 1),
             size(weights.per_expert, 1) if arch.num_experts else "",

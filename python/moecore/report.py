@@ -11,6 +11,18 @@ SCHEMA = "moecore.scan/1"
 
 Status = Literal["ok", "partial", "error"]
 
+#: A report names this many failed files; a repo of a thousand shards would fill the screen.
+_MOST_FAILURES = 5
+
+
+def printable(text: str) -> str:
+    """Foreign text on one line, its control characters as escapes: names in a repo must not steer a terminal."""
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -143,9 +155,9 @@ class ScanReport:
         return {"schema": SCHEMA, **dataclasses.asdict(self)}
 
     def to_json(self, *, indent: int | None = None) -> str:
-        """The report as JSON, on one line unless ``indent`` is given."""
+        """The report as JSON, in ASCII and on one line unless ``indent`` is given."""
         separators = (",", ":") if indent is None else None
-        return json.dumps(self.to_dict(), indent=indent, separators=separators, ensure_ascii=False)
+        return json.dumps(self.to_dict(), indent=indent, separators=separators)
 
     def __str__(self) -> str:
         """The report as a table."""
@@ -168,7 +180,7 @@ def from_core(
         revision=revision,
         source=source,
         status="partial" if failures or no_config else "ok",
-        error="; ".join(failure["message"] for failure in failures) or None,
+        error=_joined([failure["message"] for failure in failures]),
         error_type=failures[0]["type"] if failures else None,
         architecture=Architecture(**report["architecture"]),
         parameters=Parameters(**report["parameters"]),
@@ -182,6 +194,12 @@ def from_core(
         tensors=data["tensors"],
         expert_groups=[ExpertGroup(**group) for group in report["expert_groups"]],
     )
+
+
+def _joined(messages: list[str]) -> str | None:
+    left = len(messages) - _MOST_FAILURES
+    shown = [*messages[:_MOST_FAILURES], *([f"and {left} more"] if left > 0 else [])]
+    return "; ".join(shown) or None
 
 
 def failed(error: Exception, *, target: str, source: Literal["hub", "local"], seconds: float) -> ScanReport:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import threading
@@ -10,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+from urllib.parse import unquote, urlsplit
 
 from moecore import hub as _hub
 from moecore import report as _report
@@ -17,12 +19,15 @@ from moecore._core import Cancel, Scanner, __version__
 from moecore.errors import CancelledError, MoecoreError, TargetError
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable
+    from collections.abc import Generator, Iterable, Iterator
 
     from moecore.report import ScanReport
 
 _REPO = re.compile(r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?(?:/[A-Za-z0-9_](?:[\w.-]{0,94}\w)?)?", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+_HOSTS = ("huggingface.co", "hf.co")
+
+#: What a batch or a context may count at most: far beyond any machine, and its bytes still fit the core's numbers.
+_MOST = 2**40
 
 
 @dataclass(frozen=True)
@@ -45,21 +50,31 @@ class Target:
         return self.path if self.path is not None else self.repo
 
     @classmethod
-    def parse(cls, target: str | Path, revision: str | None = None) -> Target:
+    def parse(cls, target: str | Path, revision: str | None = None, endpoint: str | None = None) -> Target:
         """Tells paths from repo ids. What exists on disk is a path; ``org/name[@revision]`` is a repo.
+
+        A repo's page is its repo too, on the public hub or on ``endpoint`` (``HF_ENDPOINT`` by default);
+        ``…/tree/REV`` says its revision.
 
         Raises:
             TargetError: neither.
         """
         text = os.fspath(target)
-        looks_local = isinstance(target, Path) or text.startswith(("/", "./", "../", "~")) or text.endswith(".json")
-        path = Path(text).expanduser()
-        if path.exists():
-            return cls(requested=text, path=str(path))
-        if looks_local or text.endswith(".safetensors"):
+        looks_local = isinstance(target, Path) or text.startswith(("/", "./", "../", "~"))
+        if not text.strip():
+            raise TargetError("empty target; give a repo id such as org/name, a folder or a file")
+        # A name too long, with a NUL or of a user that does not exist is the name of no file.
+        with contextlib.suppress(OSError, RuntimeError, ValueError):
+            path = Path(text).expanduser()
+            if path.exists():
+                return cls(requested=text, path=str(path))
+        if looks_local or (text.endswith((".json", ".safetensors")) and "://" not in text):
             raise TargetError(f"{text}: no such file or folder; check the path, or give a repo id such as org/name")
-        bare = re.sub(r"^(?:https?://[^/]+/|hf://)", "", text).rstrip("/")
+        bare = _from_page(text, endpoint)
         repo, at, own_revision = bare.partition("@")
+        kind, _, rest = repo.partition("/")
+        if rest and kind in ("datasets", "spaces"):
+            raise TargetError(f"{text}: of the {kind}, not of the models; give a model's repo id such as org/name")
         if not _REPO.fullmatch(repo) or ".." in repo or "--" in repo or (at and not own_revision):
             raise TargetError(
                 f"{text!r}: neither a path that exists nor a repo id such as org/name or org/name@revision"
@@ -67,6 +82,32 @@ class Target:
         if own_revision and revision and own_revision != revision:
             raise TargetError(f"{text}: the revision is given twice, as {own_revision} and {revision}; give it once")
         return cls(requested=text, repo=repo, revision=own_revision or revision or "main")
+
+
+def _from_page(text: str, endpoint: str | None) -> str:
+    """``org/name[@revision]`` of a repo's page on the hub; other text as it is, but for ``hf://``."""
+    if not re.match(r"https?://", text, re.IGNORECASE):
+        return text.removeprefix("hf://").rstrip("/")
+    own = urlsplit(endpoint or os.environ.get("HF_ENDPOINT") or "")
+    try:
+        page = urlsplit(text)
+    except ValueError as error:
+        raise TargetError(f"{text}: no address: {error}") from error
+    host, path = page.netloc.lower(), page.path
+    if host == own.netloc.lower():
+        path = path.removeprefix(own.path.rstrip("/"))
+    elif host not in _HOSTS:
+        raise TargetError(f"{text}: not a page of {' or '.join(_HOSTS)}; set HF_ENDPOINT for a hub of your own")
+    parts = path.strip("/").split("/")
+    # `tree` may be a repo's name as well: only what comes after a repo's name is the page of a revision.
+    at = next((at for at in (2, 1) if parts[at : at + 1] == ["tree"] and len(parts) > at + 1), None)
+    if at is None:
+        return unquote("/".join(parts))
+    repo, revision = "/".join(parts[:at]), "/".join(parts[at + 1 :])
+    # Slashes in branch names are quoted in such addresses, but for those of pull requests and conversions.
+    if "/" in revision and not re.fullmatch(r"refs/[\w-]+/[\w.-]+", revision):
+        raise TargetError(f"{text}: a folder inside a repo; give the repo, as org/name or org/name@revision")
+    return f"{repo}@{unquote(revision)}"
 
 
 @dataclass(frozen=True)
@@ -80,6 +121,17 @@ class Options:
     token: str | bool | None = None
     endpoint: str | None = None
     cache: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks the counts.
+
+        Raises:
+            TargetError: out of range.
+        """
+        for name in ("max_model_len", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= _MOST:
+                raise TargetError(f"{name} must be between 1 and 2^40, not {value}")
 
 
 def cache_dir() -> Path:
@@ -176,7 +228,7 @@ class Session:
 
     def scan(self, target: str | Path) -> ScanReport:
         """See :func:`scan`."""
-        parsed = Target.parse(target, self._options.revision)
+        parsed = Target.parse(target, self._options.revision, self._options.endpoint)
         start = time.perf_counter()
         if parsed.path is not None:
             document = self._scan_folder(parsed.path)
@@ -207,10 +259,10 @@ class Session:
         try:
             return self.scan(target)
         except MoecoreError as error:
-            return _failed(error, requested, self._options.revision, time.perf_counter() - start)
+            return _failed(error, requested, self._options, time.perf_counter() - start)
         except Exception as error:  # one repo's surprise must not end a run over thousands
             surprise = MoecoreError(f"{requested}: {type(error).__name__}: {error}")
-            return _failed(surprise, requested, self._options.revision, time.perf_counter() - start)
+            return _failed(surprise, requested, self._options, time.perf_counter() - start)
 
     def cancel(self) -> None:
         """Ends running and future scans of this session."""
@@ -223,12 +275,13 @@ class Session:
 
     def _scan_folder(self, path: str) -> str:
         options = self._options
-        return Scanner.scan_local(
-            path=path,
-            max_model_len=options.max_model_len,
-            batch_size=options.batch_size,
-            kv_cache_dtype=options.kv_cache_dtype,
-        )
+        with _panics_reported(path):
+            return Scanner.scan_local(
+                path=path,
+                max_model_len=options.max_model_len,
+                batch_size=options.batch_size,
+                kv_cache_dtype=options.kv_cache_dtype,
+            )
 
     def _scan_hub(self, target: Target, start: float) -> ScanReport:
         options = self._options
@@ -241,18 +294,19 @@ class Session:
             hub, self._scanner, target.repo, target.revision, cache=options.cache, cancelled=self._cancel.is_cancelled
         )
         self._api_requests += commit.requests
-        document = self._scanner.scan_hub(
-            endpoint=hub.endpoint,
-            token=hub.token,
-            repo=target.repo,
-            commit=commit.sha,
-            files=commit.files,
-            max_model_len=options.max_model_len,
-            batch_size=options.batch_size,
-            kv_cache_dtype=options.kv_cache_dtype,
-            cache=options.cache,
-            cancel=self._cancel,
-        )
+        with _panics_reported(target.requested):
+            document = self._scanner.scan_hub(
+                endpoint=hub.endpoint,
+                token=hub.token,
+                repo=target.repo,
+                commit=commit.sha,
+                files=commit.files,
+                max_model_len=options.max_model_len,
+                batch_size=options.batch_size,
+                kv_cache_dtype=options.kv_cache_dtype,
+                cache=options.cache,
+                cancel=self._cancel,
+            )
         report = self._report(document, target, commit.sha, start)
         cost = replace(
             report.cost,
@@ -273,10 +327,22 @@ class Session:
         )
 
 
-def _failed(error: MoecoreError, requested: str, revision: str | None, seconds: float) -> ScanReport:
+@contextlib.contextmanager
+def _panics_reported(target: str) -> Iterator[None]:
+    """Turns a panic of the core into an error: it is no Exception, and would end a run over thousands."""
     try:
-        source = Target.parse(requested, revision).source
-    except TargetError:
+        yield
+    except BaseException as error:
+        # The class cannot be imported: the binding makes it when first it is needed.
+        if type(error).__name__ == "PanicException":
+            raise MoecoreError(f"{target}: internal error: {error}; please report it, with the target") from None
+        raise
+
+
+def _failed(error: MoecoreError, requested: str, options: Options, seconds: float) -> ScanReport:
+    try:
+        source = Target.parse(requested, options.revision, options.endpoint).source
+    except Exception:  # the report of one surprise must not be the next
         source = "local"
     return _report.failed(error, target=requested, source=source, seconds=round(seconds, 6))
 
