@@ -231,7 +231,7 @@ fn kinds(config: &Config, family: &Family, layers: usize) -> Result<Vec<Kind>, S
         return Ok(vec![Kind::Full; layers]);
     };
     match sliding {
-        Sliding::Never | Sliding::Chunked => Ok(vec![Kind::Full; layers]),
+        Sliding::Chunked => Ok(vec![Kind::Full; layers]),
         Sliding::Always => Ok(vec![Kind::Sliding; layers]),
         Sliding::Unstated => Ok(vec![Kind::SlidingOrFull; layers]),
         Sliding::IfUsed if config.flag("use_sliding_window") == Some(true) => {

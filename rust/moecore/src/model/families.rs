@@ -7,8 +7,6 @@ use crate::model::config::Config;
 /// What `sliding_window` in a config means for layers that `layer_types` does not name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sliding {
-    /// Nothing: the model ignores the key.
-    Never,
     /// Every layer slides.
     Always,
     /// Layers from `max_window_layers` on slide, if `use_sliding_window` says so (Qwen).
