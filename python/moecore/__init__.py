@@ -6,11 +6,15 @@
 57982058496
 """
 
+from typing import TYPE_CHECKING, Any
+
 from moecore._core import __version__
 from moecore.errors import (
     AccessError,
+    BudgetError,
     CancelledError,
     ConfigError,
+    DeviceError,
     FileError,
     HeaderError,
     HubError,
@@ -26,8 +30,10 @@ from moecore.scan import scan, scan_many
 
 __all__ = [
     "AccessError",
+    "BudgetError",
     "CancelledError",
     "ConfigError",
+    "DeviceError",
     "FileError",
     "HeaderError",
     "HubError",
@@ -39,6 +45,25 @@ __all__ = [
     "ScanReport",
     "TargetError",
     "__version__",
+    "load",
     "scan",
     "scan_many",
+    "unwrap",
+    "wrap",
 ]
+
+if TYPE_CHECKING:
+    from moecore.runtime import load, unwrap, wrap
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what needs torch at its first use: scanning must neither need it nor wait for it."""
+    if name not in ("load", "unwrap", "wrap"):
+        raise AttributeError(f"module 'moecore' has no attribute {name!r}")
+    try:
+        from moecore import runtime
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise MoecoreError(f'moecore.{name} needs {error.name}; run: pip install "moecore[torch]"') from error
+    return getattr(runtime, name)

@@ -1,9 +1,9 @@
 """The Rust core."""
 
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
-__all__ = ["Cancel", "Scanner", "__version__"]
+__all__ = ["Cancel", "Scanner", "__version__", "replay_policy"]
 
 __version__: str
 
@@ -62,3 +62,15 @@ class Scanner:
 
     def counters(self) -> tuple[int, int]:
         """Requests sent and bytes received so far."""
+
+def replay_policy(
+    policy: str,
+    experts_per_layer: list[int],
+    slots: int,
+    calls: list[tuple[int, list[int]]],
+    *,
+    warm_up: int = 0,
+    pinned: list[int] = ...,
+    prepare: int = 0,
+) -> dict[str, Any]:
+    """Replays calls, each a layer and its experts, from empty slots; returns counts."""

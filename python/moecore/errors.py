@@ -32,7 +32,15 @@ class FileError(MoecoreError, OSError):
 
 
 class CancelledError(MoecoreError):
-    """The scan was cancelled."""
+    """The work was cancelled."""
+
+
+class BudgetError(MoecoreError, ValueError):
+    """The memory given to experts cannot hold what one call needs."""
+
+
+class DeviceError(MoecoreError, RuntimeError):
+    """A device, its driver or its memory failed."""
 
 
 class HubError(MoecoreError):

@@ -21,6 +21,8 @@ pub fn class_name(kind: ErrorKind) -> &'static str {
         ErrorKind::Offline => "OfflineError",
         ErrorKind::Io => "FileError",
         ErrorKind::Cancelled => "CancelledError",
+        ErrorKind::Budget => "BudgetError",
+        ErrorKind::Device => "DeviceError",
         _ => "MoecoreError",
     }
 }

@@ -1,13 +1,38 @@
 //! `moecore._core`: a method parses arguments, lets go of the GIL, calls down, maps the error. Nothing else.
 
+mod cuda;
+mod cuda_experts;
+mod cuda_testing;
 mod errors;
+mod experts;
+mod host_engine;
+mod replay;
 mod scanner;
+mod stats;
 
 use pyo3::prelude::*;
 
 /// The Rust core of moecore.
 #[pymodule]
 mod _core {
+    #[pymodule_export]
+    use super::cuda::{CudaEngine, PinnedArena, cuda_available};
+
+    #[pymodule_export]
+    use super::cuda_experts::{CudaExperts, HostRows};
+
+    #[pymodule_export]
+    use super::cuda_testing::_testing;
+
+    #[pymodule_export]
+    use super::experts::ExpertStore;
+
+    #[pymodule_export]
+    use super::host_engine::{HostEngine, Rows, Stream};
+
+    #[pymodule_export]
+    use super::replay::replay_policy;
+
     #[pymodule_export]
     use super::scanner::{Cancel, Scanner};
 

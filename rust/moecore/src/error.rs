@@ -28,6 +28,10 @@ pub enum ErrorKind {
     Io,
     /// The caller cancelled the work.
     Cancelled,
+    /// The memory given to experts cannot hold what one call needs.
+    Budget,
+    /// A device, its driver or its memory failed.
+    Device,
 }
 
 /// Shorthand for results of this crate.
@@ -76,6 +80,12 @@ impl Error {
     #[must_use]
     pub fn kind(&self) -> ErrorKind {
         self.kind
+    }
+
+    /// The message alone, without the names and the cause.
+    #[must_use]
+    pub fn message(&self) -> &str {
+        &self.message
     }
 
     /// The file the error is about, as the caller named it.

@@ -1,0 +1,57 @@
+// Words shared by all kernels. No header is included, so that the same text compiles under nvcc and under NVRTC.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+typedef int i32;
+typedef long long i64;
+
+#define LANES 32
+#define FULL_WARP 0xffffffffu
+
+// 16 bytes: the widest load of one thread.
+struct alignas(16) Vec16 {
+    u32 word[4];
+};
+
+static __device__ __forceinline__ Vec16 zero16() {
+    Vec16 v;
+    v.word[0] = v.word[1] = v.word[2] = v.word[3] = 0;
+    return v;
+}
+
+// Read-only memory that is used once (weights): past L1, so that the activations stay there.
+static __device__ __forceinline__ Vec16 load_once(const void *at) {
+    Vec16 v;
+    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+        : "l"(at));
+    return v;
+}
+
+// Read-only memory that many warps use (activations).
+static __device__ __forceinline__ Vec16 load_shared(const void *at) {
+    Vec16 v;
+    asm("ld.global.nc.v4.u32 {%0,%1,%2,%3}, [%4];"
+        : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+        : "l"(at));
+    return v;
+}
+
+// Pinned host memory, read once. The asm is volatile: it must stay behind the barrier that follows the host's answer.
+static __device__ __forceinline__ Vec16 load_host(const void *at) {
+    Vec16 v;
+    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(at)
+                 : "memory");
+    return v;
+}
+
+static __device__ __forceinline__ void store16(void *at, const Vec16 &v) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.word[0]), "r"(v.word[1]), "r"(v.word[2]),
+                 "r"(v.word[3])
+                 : "memory");
+}

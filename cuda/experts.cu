@@ -1,0 +1,298 @@
+// Expert products of a decode step, straight over the slots. For few rows the weights are all that moves, so a warp
+// makes one output element and reads its weight rows once, 16 bytes a lane, many loads in flight.
+//
+// The order of every sum depends on the matrix' shape alone: not on which slot an expert lies in, not on how many
+// tokens there are. Blocks of different rows but the same part of the matrices run side by side, so that tokens with
+// the same expert find its weights in L2.
+//
+// Roundings are those of transformers' `grouped_mm_experts_forward`: products to the model's type, the activation to
+// the model's type, its product with `up` to the model's type, weighted rows in the type of the routing weights.
+#include "numbers.cuh"
+#include "tuning.cuh"
+
+struct ExpertArgs {
+    const u8 *arena;      // slot 0
+    u64 slot_bytes;
+    u64 offset;           // of the matrix inside a slot
+    u64 bias_offset;      // of the bias inside a slot, or ~0
+    const void *x;        // activations
+    const i32 *slots;     // [pairs]; below 0: nobody, the row is zero
+    const void *weights;  // routing weights [pairs]
+    void *out;
+    u32 tokens;
+    u32 k;                // experts of a token
+    u32 inputs;           // length of a sum
+    u32 outputs;          // elements of a result row
+    u32 act;
+    u32 flags;
+};
+static_assert(sizeof(ExpertArgs) == 88, "ExpertArgs");
+
+#define ACT_SILU 0u
+#define ACT_GELU 1u
+#define ACT_GELU_TANH 2u
+#define ACT_RELU 3u
+
+#define FLAG_WEIGHTS_F32 1u    // routing weights are float32, else of the model's type
+#define FLAG_ROW_PER_PAIR 2u   // slot_linear: activations have a row for each pair, else for each token
+
+static __device__ __forceinline__ float activate(float x, u32 act) {
+    switch (act) {
+    case ACT_SILU:
+        return x / (1.0f + expf(-x));
+    case ACT_GELU:
+        return x * 0.5f * (1.0f + erff(x * 0.70710678118654752440f));
+    case ACT_GELU_TANH: {
+        const float inner = 0.79788456080286535588f * (x + 0.044715f * x * x * x);
+        return 0.5f * x * (1.0f + tanhf(inner));
+    }
+    default:
+        return x != x ? x : fmaxf(x, 0.0f);
+    }
+}
+
+static __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (u32 distance = LANES / 2; distance > 0; distance /= 2)
+        x += __shfl_xor_sync(FULL_WARP, x, distance);
+    return x;
+}
+
+// `N` dot products by one warp: sums[i] = w[i] . x[i], or w[i] . x[0] with `ONE_X`. A null w[i] is left out (zero).
+template <class T, u32 N, u32 DEPTH, bool ONE_X>
+static __device__ __forceinline__ void dots(const u8 *const (&w)[N], const u8 *const (&x)[ONE_X ? 1 : N], u32 n,
+                                            bool aligned, float (&sums)[N]) {
+    const u32 lane = threadIdx.x % LANES;
+    constexpr u32 XS = ONE_X ? 1 : N;
+#pragma unroll
+    for (u32 i = 0; i < N; ++i)
+        sums[i] = 0.0f;
+    if (aligned) {
+        const u32 units = n / T::lanes;
+        for (u32 base = lane; base < units; base += LANES * DEPTH) {
+            Vec16 wide[DEPTH][N];
+            Vec16 row[DEPTH][XS];
+#pragma unroll
+            for (u32 d = 0; d < DEPTH; ++d)
+#pragma unroll
+                for (u32 i = 0; i < N; ++i)
+                    wide[d][i] = base + d * LANES < units && w[i]
+                                     ? load_once(w[i] + (u64)(base + d * LANES) * 16)
+                                     : zero16();
+#pragma unroll
+            for (u32 d = 0; d < DEPTH; ++d)
+#pragma unroll
+                for (u32 i = 0; i < XS; ++i)
+                    row[d][i] = base + d * LANES < units && (ONE_X || w[i])
+                                    ? load_shared(x[i] + (u64)(base + d * LANES) * 16)
+                                    : zero16();
+#pragma unroll
+            for (u32 d = 0; d < DEPTH; ++d) {
+                if (base + d * LANES >= units)
+                    break;
+                float b[XS][T::lanes];
+#pragma unroll
+                for (u32 i = 0; i < XS; ++i)
+                    T::unpack(row[d][i], b[i]);
+#pragma unroll
+                for (u32 i = 0; i < N; ++i) {
+                    float a[T::lanes];
+                    T::unpack(wide[d][i], a);
+#pragma unroll
+                    for (u32 j = 0; j < T::lanes; ++j)
+                        sums[i] = __fmaf_rn(a[j], b[ONE_X ? 0 : i][j], sums[i]);
+                }
+            }
+        }
+    } else {
+        for (u32 at = lane; at < n; at += LANES)
+#pragma unroll
+            for (u32 i = 0; i < N; ++i)
+                if (w[i])
+                    sums[i] = __fmaf_rn(T::get(w[i], at), T::get(x[ONE_X ? 0 : i], at), sums[i]);
+    }
+#pragma unroll
+    for (u32 i = 0; i < N; ++i)
+        sums[i] = warp_sum(sums[i]);
+}
+
+// Whether every row of the matrix and of the activations begins on 16 bytes.
+template <class T> static __device__ __forceinline__ bool rows_aligned(const ExpertArgs &a) {
+    return ((u64)a.arena + a.offset) % 16 == 0 && a.slot_bytes % 16 == 0 && (u64)a.x % 16 == 0 &&
+           (u64)a.inputs * T::bytes % 16 == 0;
+}
+
+// out[p, j] = act(gate) * up, gate = row j and up = row outputs + j of the slot's [2 * outputs, inputs] matrix.
+// Grid: (pairs, outputs / EXPERT_WARPS).
+template <class T> static __device__ __forceinline__ void expert_up(const ExpertArgs &a) {
+    const u32 pair = blockIdx.x;
+    const u32 j = blockIdx.y * EXPERT_WARPS + threadIdx.x / LANES;
+    if (j >= a.outputs)
+        return;
+    const i32 slot = a.slots[pair];
+    float result = 0.0f;
+    if (slot >= 0) {
+        const u64 row_bytes = (u64)a.inputs * T::bytes;
+        const u8 *matrix = a.arena + (u64)slot * a.slot_bytes + a.offset;
+        const u8 *const w[2] = {matrix + j * row_bytes, matrix + ((u64)a.outputs + j) * row_bytes};
+        const u8 *const x[1] = {(const u8 *)a.x + (u64)(pair / a.k) * row_bytes};
+        float sums[2];
+        dots<T, 2, UP_DEPTH, true>(w, x, a.inputs, rows_aligned<T>(a), sums);
+        const float gate = T::round(activate(T::round(sums[0]), a.act));
+        result = __fmul_rn(gate, T::round(sums[1]));
+    }
+    if (threadIdx.x % LANES == 0)
+        T::put(a.out, (u64)pair * a.outputs + j, result);
+}
+
+// out[t, o] = sum over k of weights[t, k] * (row o of the slot's [outputs, inputs] matrix . x[t, k]), k in order.
+// Grid: (tokens, outputs / EXPERT_WARPS).
+template <class T> static __device__ __forceinline__ void expert_down(const ExpertArgs &a) {
+    const u32 token = blockIdx.x;
+    const u32 o = blockIdx.y * EXPERT_WARPS + threadIdx.x / LANES;
+    if (o >= a.outputs)
+        return;
+    const u64 row_bytes = (u64)a.inputs * T::bytes;
+    const bool aligned = rows_aligned<T>(a);
+    float total = 0.0f;
+    for (u32 first = 0; first < a.k; first += DOWN_ROWS) {
+        const u8 *w[DOWN_ROWS];
+        const u8 *x[DOWN_ROWS];
+#pragma unroll
+        for (u32 i = 0; i < DOWN_ROWS; ++i) {
+            const u32 pair = token * a.k + first + i;
+            const i32 slot = first + i < a.k ? a.slots[pair] : -1;
+            w[i] = slot < 0 ? nullptr : a.arena + (u64)slot * a.slot_bytes + a.offset + o * row_bytes;
+            x[i] = (const u8 *)a.x + pair * row_bytes;
+        }
+        float sums[DOWN_ROWS];
+        dots<T, DOWN_ROWS, DOWN_DEPTH, false>(w, x, a.inputs, aligned, sums);
+#pragma unroll
+        for (u32 i = 0; i < DOWN_ROWS; ++i) {
+            if (!w[i])
+                continue;
+            const u32 pair = token * a.k + first + i;
+            if (a.flags & FLAG_WEIGHTS_F32)
+                total = __fadd_rn(total, __fmul_rn(T::round(sums[i]), ((const float *)a.weights)[pair]));
+            else
+                total = __fadd_rn(total, T::round(__fmul_rn(T::round(sums[i]), T::get(a.weights, pair))));
+        }
+    }
+    if (threadIdx.x % LANES == 0)
+        T::put(a.out, (u64)token * a.outputs + o, total);
+}
+
+// The product of one pair, rounded, and its bias, rounded again.
+template <class T>
+static __device__ __forceinline__ float with_bias(const ExpertArgs &a, i32 slot, u32 o, float sum) {
+    const float y = T::round(sum);
+    if (a.bias_offset == ~0ull)
+        return y;
+    return __fadd_rn(y, T::get(a.arena + (u64)slot * a.slot_bytes + a.bias_offset, o));
+}
+
+static __device__ __forceinline__ u64 input_row(const ExpertArgs &a, u32 pair) {
+    return a.flags & FLAG_ROW_PER_PAIR ? pair : pair / a.k;
+}
+
+// out[p, o] = row o of the slot's [outputs, inputs] matrix . x[row(p)] (+ bias[o]).
+// Grid: (pairs, outputs / EXPERT_WARPS).
+template <class T> static __device__ __forceinline__ void slot_linear(const ExpertArgs &a) {
+    const u32 pair = blockIdx.x;
+    const u32 o = blockIdx.y * EXPERT_WARPS + threadIdx.x / LANES;
+    if (o >= a.outputs)
+        return;
+    const i32 slot = a.slots[pair];
+    float result = 0.0f;
+    if (slot >= 0) {
+        const u64 row_bytes = (u64)a.inputs * T::bytes;
+        const u8 *const w[1] = {a.arena + (u64)slot * a.slot_bytes + a.offset + o * row_bytes};
+        const u8 *const x[1] = {(const u8 *)a.x + input_row(a, pair) * row_bytes};
+        float sums[1];
+        dots<T, 1, LINEAR_DEPTH, true>(w, x, a.inputs, rows_aligned<T>(a), sums);
+        result = with_bias<T>(a, slot, o, sums[0]);
+    }
+    if (threadIdx.x % LANES == 0)
+        T::put(a.out, (u64)pair * a.outputs + o, result);
+}
+
+// The same over a [inputs, outputs] matrix. A lane owns the T::lanes outputs of one 16-byte load; the warps of a
+// block share the sum, and their parts are added in order. Grid: (pairs, outputs / (LANES * T::lanes)).
+template <class T> static __device__ __forceinline__ void slot_linear_transposed(const ExpertArgs &a) {
+    __shared__ float part[TRANSPOSED_WARPS][LANES * T::lanes];
+    const u32 pair = blockIdx.x;
+    const u32 lane = threadIdx.x % LANES;
+    const u32 warp = threadIdx.x / LANES;
+    const u32 begin = blockIdx.y * LANES * T::lanes;
+    if (begin >= a.outputs)
+        return;
+    const u32 own = begin + lane * T::lanes;
+    const i32 slot = a.slots[pair];
+    const u8 *matrix = a.arena + (u64)slot * a.slot_bytes + a.offset;
+    const u8 *x = (const u8 *)a.x + input_row(a, pair) * a.inputs * T::bytes;
+    const u64 row_bytes = (u64)a.outputs * T::bytes;
+    const bool aligned = (u64)matrix % 16 == 0 && row_bytes % 16 == 0;
+    float sums[T::lanes];
+#pragma unroll
+    for (u32 j = 0; j < T::lanes; ++j)
+        sums[j] = 0.0f;
+    if (slot >= 0 && own < a.outputs) {
+        for (u32 i = warp; i < a.inputs; i += TRANSPOSED_WARPS * LINEAR_DEPTH) {
+            float w[LINEAR_DEPTH][T::lanes];
+#pragma unroll
+            for (u32 d = 0; d < LINEAR_DEPTH; ++d) {
+                const u32 row = i + d * TRANSPOSED_WARPS;
+                if (row < a.inputs && aligned) {
+                    T::unpack(load_once(matrix + row * row_bytes + (u64)own * T::bytes), w[d]);
+                } else {
+#pragma unroll
+                    for (u32 j = 0; j < T::lanes; ++j)
+                        w[d][j] = row < a.inputs && own + j < a.outputs ? T::get(matrix + row * row_bytes, own + j)
+                                                                        : 0.0f;
+                }
+            }
+#pragma unroll
+            for (u32 d = 0; d < LINEAR_DEPTH; ++d) {
+                const u32 row = i + d * TRANSPOSED_WARPS;
+                if (row >= a.inputs)
+                    break;
+                const float scale = T::get(x, row);
+#pragma unroll
+                for (u32 j = 0; j < T::lanes; ++j)
+                    sums[j] = __fmaf_rn(w[d][j], scale, sums[j]);
+            }
+        }
+    }
+#pragma unroll
+    for (u32 j = 0; j < T::lanes; ++j)
+        part[warp][lane * T::lanes + j] = sums[j];
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < LANES * T::lanes && begin + i < a.outputs; i += TRANSPOSED_WARPS * LANES) {
+        float sum = 0.0f;
+#pragma unroll
+        for (u32 other = 0; other < TRANSPOSED_WARPS; ++other)
+            sum = __fadd_rn(sum, part[other][i]);
+        T::put(a.out, (u64)pair * a.outputs + begin + i, slot < 0 ? 0.0f : with_bias<T>(a, slot, begin + i, sum));
+    }
+}
+
+#define KERNELS(suffix, T)                                                                                             \
+    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES) moecore_expert_up_##suffix(const ExpertArgs a) { \
+        expert_up<T>(a);                                                                                               \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES)                                                  \
+        moecore_expert_down_##suffix(const ExpertArgs a) {                                                             \
+        expert_down<T>(a);                                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES)                                                  \
+        moecore_slot_linear_##suffix(const ExpertArgs a) {                                                             \
+        slot_linear<T>(a);                                                                                             \
+    }                                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(TRANSPOSED_WARPS *LANES)                                              \
+        moecore_slot_linear_t_##suffix(const ExpertArgs a) {                                                           \
+        slot_linear_transposed<T>(a);                                                                                  \
+    }
+
+KERNELS(f32, F32)
+KERNELS(bf16, Bf16)
+KERNELS(f16, F16)

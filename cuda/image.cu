@@ -1,0 +1,3 @@
+// All kernels in one module.
+#include "experts.cu"
+#include "fetch.cu"

@@ -1,0 +1,100 @@
+"""``model.moecore``: what a person asks a running model, and how they end it."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
+
+from moecore.errors import ConfigError, MoecoreError
+
+from .stats import Stats, table
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from torch import Tensor, nn
+
+    from .families import Taken
+    from .rows import Store
+
+
+class Backend(Protocol):
+    """What runs the experts of one kind of device."""
+
+    path: str
+
+    def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """One call of a layer."""
+
+    def row(self, layer: int, expert: int) -> dict[str, Tensor]:
+        """The parts of one expert, copied out."""
+
+    def stats(self) -> Stats:
+        """What was counted."""
+
+    def reset_stats(self) -> None:
+        """Counts from zero."""
+
+    def close(self) -> None:
+        """Ends threads and frees memory."""
+
+
+class Handle:
+    """The experts of one model. Made by :func:`moecore.load` and :func:`moecore.wrap`; closes as a context manager."""
+
+    def __init__(self, model: nn.Module, store: Store, backend: Backend, taken: list[Taken], notes: list[str]) -> None:
+        self.store = store
+        self.backend = backend
+        self.taken = taken
+        self.notes = notes
+        self.closed = False
+        self.layer_of = {id(one.module): number for number, one in enumerate(taken)}
+        self._model_class = type(model).__name__
+        self._lock = threading.Lock()
+
+    def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """One call of an experts module: hidden [T, H], index and weights [T, k] -> [T, H]."""
+        if self.closed:
+            raise MoecoreError(f"the experts of this {self._model_class} were closed; load or wrap the model again")
+        layer = self.layer_of.get(id(module))
+        if layer is None:
+            raise ConfigError("this experts module belongs to a copy of the model; wrap the copy itself")
+        return self.backend.run(layer, self.taken[layer], hidden, index, weights)
+
+    def stats(self) -> Stats:
+        """Counters since the start or the last :meth:`reset_stats`."""
+        return self.backend.stats()
+
+    def reset_stats(self) -> None:
+        """Counts from zero. What is resident stays."""
+        self.backend.reset_stats()
+
+    def report(self) -> str:
+        """The counters as a table, how misses are served, and how an ``"auto"`` budget came about."""
+        return table(self.stats(), self.notes)
+
+    def close(self) -> None:
+        """Ends threads and frees the memory of the experts. The model cannot run afterwards. May be called twice."""
+        with self._lock:
+            if self.closed:
+                return
+            self.closed = True
+        self.backend.close()
+        if self.store.spill is not None:
+            self.store.spill.close()
+
+    def __enter__(self) -> Handle:
+        """The handle itself."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Closes."""
+        self.close()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Handle:
+        """Threads and arenas cannot be copied: a copy of the model has to be wrapped itself."""
+        raise ConfigError("a model that moecore runs cannot be copied; call moecore.unwrap(model) first")
+
+    def __reduce__(self) -> Any:
+        """Nor pickled."""
+        raise ConfigError("a model that moecore runs cannot be pickled; call moecore.unwrap(model) first")

@@ -1,0 +1,81 @@
+"""What transformers calls in place of an experts module's own forward."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moecore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .handle import Handle
+
+#: Experts modules by number: a compiled graph holds a number, never an object.
+MODULES: dict[int, weakref.ref[nn.Module]] = {}
+_NUMBERS = itertools.count()
+
+
+def attach(module: nn.Module, handle: Handle) -> None:
+    """Has calls of an experts module go to `handle`."""
+    number = next(_NUMBERS)
+    MODULES[number] = weakref.ref(module, lambda _: MODULES.pop(number, None))
+    # Past nn.Module's own bookkeeping: neither is a part of the model.
+    vars(module)["_moecore"] = handle
+    vars(module)["_moecore_number"] = number
+
+
+def detach(module: nn.Module) -> None:
+    """Undoes :func:`attach`. Harmless when called twice."""
+    MODULES.pop(vars(module).pop("_moecore_number", -1), None)
+    vars(module).pop("_moecore", None)
+
+
+def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    """hidden [T, H], index int64 [T, k], weights [T, k] -> [T, H]. Registered with transformers for all models."""
+    if torch.compiler.is_compiling():
+        return torch.ops.moecore.experts(hidden, index, weights, module._moecore_number)
+    if torch.is_grad_enabled() and hidden.requires_grad:
+        return _NoBackward.apply(hidden, index, weights, module)
+    return _call(module, hidden, index, weights)
+
+
+def _call(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+    handle: Handle | None = vars(module).get("_moecore")
+    if handle is None:
+        raise ConfigError(
+            "experts_implementation='moecore' was set on a model that moecore does not run; use moecore.wrap(model)"
+        )
+    with torch.no_grad():
+        return handle.run(module, hidden, index, weights)
+
+
+class _NoBackward(torch.autograd.Function):
+    """Experts that come and go keep nothing for a backward pass; saying so beats gradients that are wrong."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, index: Tensor, weights: Tensor, module: nn.Module) -> Tensor:
+        return _call(module, hidden, index, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("moecore runs experts for inference only; call moecore.unwrap(model) before training")
+
+
+@torch.library.custom_op("moecore::experts", mutates_args=())
+def experts(hidden: Tensor, index: Tensor, weights: Tensor, number: int) -> Tensor:
+    """The opaque form for `torch.compile`."""
+    module = MODULES[number]()
+    if module is None:
+        raise ConfigError("this compiled graph belongs to a model that is gone; compile the new one")
+    return _call(module, hidden, index, weights)
+
+
+@experts.register_fake
+def _(hidden: Tensor, index: Tensor, weights: Tensor, number: int) -> Tensor:
+    return torch.empty_like(hidden)

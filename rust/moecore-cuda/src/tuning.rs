@@ -1,0 +1,27 @@
+//! The numbers of `cuda/tuning.cuh` that a launch must know. A test compares them with that file.
+
+/// Blocks of `acquire`.
+pub const ACQUIRE_BLOCKS: u32 = 8;
+/// Threads of each.
+pub const ACQUIRE_THREADS: u32 = 512;
+/// Warps of a block of the expert kernels.
+pub const EXPERT_WARPS: u32 = 4;
+/// Warps of a block of the transposed product.
+pub const TRANSPOSED_WARPS: u32 = 8;
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn the_kernels_agree() {
+        let text = include_str!("../../../cuda/tuning.cuh");
+        for (name, here) in [
+            ("ACQUIRE_BLOCKS", super::ACQUIRE_BLOCKS),
+            ("ACQUIRE_THREADS", super::ACQUIRE_THREADS),
+            ("EXPERT_WARPS", super::EXPERT_WARPS),
+            ("TRANSPOSED_WARPS", super::TRANSPOSED_WARPS),
+        ] {
+            let there = text.lines().find_map(|line| line.strip_prefix(&format!("#define {name} ")));
+            assert_eq!(there.and_then(|number| number.trim().parse().ok()), Some(here), "{name}");
+        }
+    }
+}
