@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 WHEELS := target/test-wheel
 
-RUST_SOURCES   := $(shell find rust -name '*.rs' -o -name Cargo.toml) Cargo.toml Cargo.lock
+RUST_SOURCES   := $(shell find rust -name "*.rs" -o -name Cargo.toml) $(shell find cuda -type f) Cargo.toml Cargo.lock
 PYTHON_SOURCES := $(shell find python -name '*.py' -o -name '*.pyi') pyproject.toml
 
 .PHONY: demo test lint rust-test python-test wheel bench fuzz clean

@@ -1,5 +1,6 @@
 // Words shared by all kernels. No header is included, so that the same text compiles under nvcc and under NVRTC.
 #pragma once
+#include "tuning.cuh"
 
 typedef unsigned char u8;
 typedef unsigned short u16;
@@ -25,7 +26,12 @@ static __device__ __forceinline__ Vec16 zero16() {
 // Read-only memory that is used once (weights): past L1, so that the activations stay there.
 static __device__ __forceinline__ Vec16 load_once(const void *at) {
     Vec16 v;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+#if WEIGHTS_WIDE
+#define LOAD_ONCE "ld.global.nc.L1::no_allocate.L2::256B.v4.u32"
+#else
+#define LOAD_ONCE "ld.global.nc.L1::no_allocate.v4.u32"
+#endif
+    asm(LOAD_ONCE " {%0,%1,%2,%3}, [%4];"
         : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
         : "l"(at));
     return v;
@@ -43,7 +49,12 @@ static __device__ __forceinline__ Vec16 load_shared(const void *at) {
 // Pinned host memory, read once. The asm is volatile: it must stay behind the barrier that follows the host's answer.
 static __device__ __forceinline__ Vec16 load_host(const void *at) {
     Vec16 v;
-    asm volatile("ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+#if FETCH_WIDE
+#define LOAD_HOST "ld.global.L1::no_allocate.L2::256B.v4.u32"
+#else
+#define LOAD_HOST "ld.global.L1::no_allocate.v4.u32"
+#endif
+    asm volatile(LOAD_HOST " {%0,%1,%2,%3}, [%4];"
                  : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
                  : "l"(at)
                  : "memory");

@@ -1,5 +1,5 @@
-// Expert products of a decode step, straight over the slots. For few rows the weights are all that moves, so a warp
-// makes one output element and reads its weight rows once, 16 bytes a lane, many loads in flight.
+// Expert products of a decode step, straight over the slots. For few rows the weights are all that moves, so warps make
+// single output elements and read each weight row once, 16 bytes a lane, many loads in flight.
 //
 // The order of every sum depends on the matrix' shape alone: not on which slot an expert lies in, not on how many
 // tokens there are. Blocks of different rows but the same part of the matrices run side by side, so that tokens with
@@ -58,62 +58,70 @@ static __device__ __forceinline__ float warp_sum(float x) {
     return x;
 }
 
-// `N` dot products by one warp: sums[i] = w[i] . x[i], or w[i] . x[0] with `ONE_X`. A null w[i] is left out (zero).
-template <class T, u32 N, u32 DEPTH, bool ONE_X>
-static __device__ __forceinline__ void dots(const u8 *const (&w)[N], const u8 *const (&x)[ONE_X ? 1 : N], u32 n,
-                                            bool aligned, float (&sums)[N]) {
+// ROWS x OUTPUTS dot products by one warp: sums[i][j] = w[i][j] . x[i]. What is null is left out (zero).
+template <class T, u32 ROWS, u32 OUTPUTS, u32 DEPTH>
+static __device__ __forceinline__ void dots(const u8 *const (&w)[ROWS][OUTPUTS], const u8 *const (&x)[ROWS], u32 n,
+                                            bool aligned, float (&sums)[ROWS][OUTPUTS]) {
     const u32 lane = threadIdx.x % LANES;
-    constexpr u32 XS = ONE_X ? 1 : N;
 #pragma unroll
-    for (u32 i = 0; i < N; ++i)
-        sums[i] = 0.0f;
+    for (u32 i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (u32 j = 0; j < OUTPUTS; ++j)
+            sums[i][j] = 0.0f;
     if (aligned) {
         const u32 units = n / T::lanes;
         for (u32 base = lane; base < units; base += LANES * DEPTH) {
-            Vec16 wide[DEPTH][N];
-            Vec16 row[DEPTH][XS];
+            Vec16 wide[DEPTH][ROWS][OUTPUTS];
+            Vec16 row[DEPTH][ROWS];
 #pragma unroll
             for (u32 d = 0; d < DEPTH; ++d)
 #pragma unroll
-                for (u32 i = 0; i < N; ++i)
-                    wide[d][i] = base + d * LANES < units && w[i]
-                                     ? load_once(w[i] + (u64)(base + d * LANES) * 16)
-                                     : zero16();
+                for (u32 i = 0; i < ROWS; ++i)
+#pragma unroll
+                    for (u32 j = 0; j < OUTPUTS; ++j)
+                        wide[d][i][j] = base + d * LANES < units && w[i][j]
+                                            ? load_once(w[i][j] + (u64)(base + d * LANES) * 16)
+                                            : zero16();
 #pragma unroll
             for (u32 d = 0; d < DEPTH; ++d)
 #pragma unroll
-                for (u32 i = 0; i < XS; ++i)
-                    row[d][i] = base + d * LANES < units && (ONE_X || w[i])
+                for (u32 i = 0; i < ROWS; ++i)
+                    row[d][i] = base + d * LANES < units && w[i][0]
                                     ? load_shared(x[i] + (u64)(base + d * LANES) * 16)
                                     : zero16();
 #pragma unroll
             for (u32 d = 0; d < DEPTH; ++d) {
                 if (base + d * LANES >= units)
                     break;
-                float b[XS][T::lanes];
 #pragma unroll
-                for (u32 i = 0; i < XS; ++i)
-                    T::unpack(row[d][i], b[i]);
+                for (u32 i = 0; i < ROWS; ++i) {
+                    float b[T::lanes];
+                    T::unpack(row[d][i], b);
 #pragma unroll
-                for (u32 i = 0; i < N; ++i) {
-                    float a[T::lanes];
-                    T::unpack(wide[d][i], a);
+                    for (u32 j = 0; j < OUTPUTS; ++j) {
+                        float a[T::lanes];
+                        T::unpack(wide[d][i][j], a);
 #pragma unroll
-                    for (u32 j = 0; j < T::lanes; ++j)
-                        sums[i] = __fmaf_rn(a[j], b[ONE_X ? 0 : i][j], sums[i]);
+                        for (u32 e = 0; e < T::lanes; ++e)
+                            sums[i][j] = __fmaf_rn(a[e], b[e], sums[i][j]);
+                    }
                 }
             }
         }
     } else {
         for (u32 at = lane; at < n; at += LANES)
 #pragma unroll
-            for (u32 i = 0; i < N; ++i)
-                if (w[i])
-                    sums[i] = __fmaf_rn(T::get(w[i], at), T::get(x[ONE_X ? 0 : i], at), sums[i]);
+            for (u32 i = 0; i < ROWS; ++i)
+#pragma unroll
+                for (u32 j = 0; j < OUTPUTS; ++j)
+                    if (w[i][j])
+                        sums[i][j] = __fmaf_rn(T::get(w[i][j], at), T::get(x[i], at), sums[i][j]);
     }
 #pragma unroll
-    for (u32 i = 0; i < N; ++i)
-        sums[i] = warp_sum(sums[i]);
+    for (u32 i = 0; i < ROWS; ++i)
+#pragma unroll
+        for (u32 j = 0; j < OUTPUTS; ++j)
+            sums[i][j] = warp_sum(sums[i][j]);
 }
 
 // Whether every row of the matrix and of the activations begins on 16 bytes.
@@ -134,52 +142,73 @@ template <class T> static __device__ __forceinline__ void expert_up(const Expert
     if (slot >= 0) {
         const u64 row_bytes = (u64)a.inputs * T::bytes;
         const u8 *matrix = a.arena + (u64)slot * a.slot_bytes + a.offset;
-        const u8 *const w[2] = {matrix + j * row_bytes, matrix + ((u64)a.outputs + j) * row_bytes};
+        const u8 *const w[1][2] = {{matrix + j * row_bytes, matrix + ((u64)a.outputs + j) * row_bytes}};
         const u8 *const x[1] = {(const u8 *)a.x + (u64)(pair / a.k) * row_bytes};
-        float sums[2];
-        dots<T, 2, UP_DEPTH, true>(w, x, a.inputs, rows_aligned<T>(a), sums);
-        const float gate = T::round(activate(T::round(sums[0]), a.act));
-        result = __fmul_rn(gate, T::round(sums[1]));
+        float sums[1][2];
+        dots<T, 1, 2, UP_DEPTH>(w, x, a.inputs, rows_aligned<T>(a), sums);
+        const float gate = T::round(activate(T::round(sums[0][0]), a.act));
+        result = __fmul_rn(gate, T::round(sums[0][1]));
     }
     if (threadIdx.x % LANES == 0)
         T::put(a.out, (u64)pair * a.outputs + j, result);
 }
 
-// out[t, o] = sum over k of weights[t, k] * (row o of the slot's [outputs, inputs] matrix . x[t, k]), k in order.
-// Grid: (tokens, outputs / EXPERT_WARPS).
+// The product of one pair, rounded, times its routing weight.
+template <class T> static __device__ __forceinline__ float weighted(const ExpertArgs &a, u32 pair, float sum) {
+    if (a.flags & FLAG_WEIGHTS_F32)
+        return __fmul_rn(T::round(sum), ((const float *)a.weights)[pair]);
+    return T::round(__fmul_rn(T::round(sum), T::get(a.weights, pair)));
+}
+
+// out[t, o] = sum over k of weights[t, k] * (row o of the slot's [outputs, inputs] matrix . x[t, k]).
+// DOWN_SHARES warps share the experts of an output; one thread then adds their products, k in order.
+// Grid: (tokens, outputs / DOWN_COLUMNS).
+#define DOWN_COLUMNS (EXPERT_WARPS / DOWN_SHARES * DOWN_OUTPUTS)
 template <class T> static __device__ __forceinline__ void expert_down(const ExpertArgs &a) {
+    constexpr u32 AT_ONCE = DOWN_SHARES * DOWN_ROWS;
+    __shared__ float part[DOWN_COLUMNS][AT_ONCE];
     const u32 token = blockIdx.x;
-    const u32 o = blockIdx.y * EXPERT_WARPS + threadIdx.x / LANES;
-    if (o >= a.outputs)
-        return;
+    const u32 lane = threadIdx.x % LANES;
+    const u32 share = threadIdx.x / LANES % DOWN_SHARES;
+    const u32 column = threadIdx.x / LANES / DOWN_SHARES * DOWN_OUTPUTS;
+    const u32 o = blockIdx.y * DOWN_COLUMNS + column;
     const u64 row_bytes = (u64)a.inputs * T::bytes;
     const bool aligned = rows_aligned<T>(a);
     float total = 0.0f;
-    for (u32 first = 0; first < a.k; first += DOWN_ROWS) {
-        const u8 *w[DOWN_ROWS];
+    for (u32 first = 0; first < a.k; first += AT_ONCE) {
+        const u8 *w[DOWN_ROWS][DOWN_OUTPUTS];
         const u8 *x[DOWN_ROWS];
 #pragma unroll
         for (u32 i = 0; i < DOWN_ROWS; ++i) {
-            const u32 pair = token * a.k + first + i;
-            const i32 slot = first + i < a.k ? a.slots[pair] : -1;
-            w[i] = slot < 0 ? nullptr : a.arena + (u64)slot * a.slot_bytes + a.offset + o * row_bytes;
+            const u32 at = first + share * DOWN_ROWS + i;
+            const u32 pair = token * a.k + at;
+            const i32 slot = at < a.k ? a.slots[pair] : -1;
             x[i] = (const u8 *)a.x + pair * row_bytes;
-        }
-        float sums[DOWN_ROWS];
-        dots<T, DOWN_ROWS, DOWN_DEPTH, false>(w, x, a.inputs, aligned, sums);
 #pragma unroll
-        for (u32 i = 0; i < DOWN_ROWS; ++i) {
-            if (!w[i])
-                continue;
-            const u32 pair = token * a.k + first + i;
-            if (a.flags & FLAG_WEIGHTS_F32)
-                total = __fadd_rn(total, __fmul_rn(T::round(sums[i]), ((const float *)a.weights)[pair]));
-            else
-                total = __fadd_rn(total, T::round(__fmul_rn(T::round(sums[i]), T::get(a.weights, pair))));
+            for (u32 j = 0; j < DOWN_OUTPUTS; ++j)
+                w[i][j] = slot < 0 || o + j >= a.outputs
+                              ? nullptr
+                              : a.arena + (u64)slot * a.slot_bytes + a.offset + (o + j) * row_bytes;
         }
+        float sums[DOWN_ROWS][DOWN_OUTPUTS];
+        dots<T, DOWN_ROWS, DOWN_OUTPUTS, DOWN_DEPTH>(w, x, a.inputs, aligned, sums);
+        if (lane == 0)
+#pragma unroll
+            for (u32 i = 0; i < DOWN_ROWS; ++i)
+#pragma unroll
+                for (u32 j = 0; j < DOWN_OUTPUTS; ++j) {
+                    const u32 at = share * DOWN_ROWS + i;
+                    part[column + j][at] = w[i][j] ? weighted<T>(a, token * a.k + first + at, sums[i][j]) : 0.0f;
+                }
+        __syncthreads();
+        if (threadIdx.x < DOWN_COLUMNS)
+            for (u32 i = 0; i < AT_ONCE; ++i)
+                total = __fadd_rn(total, part[threadIdx.x][i]);
+        __syncthreads();
     }
-    if (threadIdx.x % LANES == 0)
-        T::put(a.out, (u64)token * a.outputs + o, total);
+    const u32 mine = blockIdx.y * DOWN_COLUMNS + threadIdx.x;
+    if (threadIdx.x < DOWN_COLUMNS && mine < a.outputs)
+        T::put(a.out, (u64)token * a.outputs + mine, total);
 }
 
 // The product of one pair, rounded, and its bias, rounded again.
@@ -206,11 +235,11 @@ template <class T> static __device__ __forceinline__ void slot_linear(const Expe
     float result = 0.0f;
     if (slot >= 0) {
         const u64 row_bytes = (u64)a.inputs * T::bytes;
-        const u8 *const w[1] = {a.arena + (u64)slot * a.slot_bytes + a.offset + o * row_bytes};
+        const u8 *const w[1][1] = {{a.arena + (u64)slot * a.slot_bytes + a.offset + o * row_bytes}};
         const u8 *const x[1] = {(const u8 *)a.x + input_row(a, pair) * row_bytes};
-        float sums[1];
-        dots<T, 1, LINEAR_DEPTH, true>(w, x, a.inputs, rows_aligned<T>(a), sums);
-        result = with_bias<T>(a, slot, o, sums[0]);
+        float sums[1][1];
+        dots<T, 1, 1, LINEAR_DEPTH>(w, x, a.inputs, rows_aligned<T>(a), sums);
+        result = with_bias<T>(a, slot, o, sums[0][0]);
     }
     if (threadIdx.x % LANES == 0)
         T::put(a.out, (u64)pair * a.outputs + o, result);

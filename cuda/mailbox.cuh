@@ -1,8 +1,8 @@
 // The mailbox: what the GPU and the answering thread say to each other, in one block of pinned host memory.
 // rust/moecore-cuda/src/layout.rs describes the same bytes; both sides assert the numbers below.
 //
-// A record needs no fence: each 8-byte cell carries the call's sequence number beside 4 bytes of content, so a
-// reader sees for each cell by itself whether it is there. Sequence numbers count from 1 and skip 0.
+// Both ways go through 8-byte cells: a call's sequence number beside 4 bytes of content. So a reader sees for each cell
+// by itself whether it is there, in whatever order they arrive. Sequence numbers count from 1 and skip 0.
 #pragma once
 #include "common.cuh"
 
@@ -13,10 +13,13 @@
 #define MAX_EXPERTS 1024
 #define MAX_WORDS (MAX_EXPERTS / 32)
 #define MAX_ORDERS 2048
+#define ANSWER_CELLS 64
+#define ORDER_CELLS 5
+#define INLINE_ORDERS 12
 #define TABLE_BATCH 384
 #define NOTHING 0xffffffffu
 
-#define ANSWER_SEQ(word) ((u32)((word) >> 32))
+#define CELL_SEQ(word)   ((u32)((word) >> 32))
 #define ANSWER_STATUS(word) ((u32)(word) >> 24)
 #define ANSWER_COPIES(word) (((u32)(word) >> 12) & 0xfffu)
 #define ANSWER_ORDERS(word) ((u32)(word) & 0xfffu)
@@ -41,10 +44,9 @@ struct Order {
 };
 
 struct Mailbox {
-    // Host to GPU: sequence << 32 | status << 24 | orders that copy << 12 | orders in all. One word, so that one look
-    // tells all. The orders that copy come first.
-    u64 answer;
-    u64 pad0[15];
+    // Host to GPU. The first cell: status << 24 | orders that copy << 12 | orders in all. If there are at most
+    // INLINE_ORDERS, ORDER_CELLS for each: the first words of its `Order`. Orders that copy come first.
+    u64 answer[ANSWER_CELLS];
     // Host to GPU: the watchdog's patience.
     u64 timeout_ns;
     u64 pad1[15];
@@ -52,9 +54,7 @@ struct Mailbox {
     u32 error;
     u32 error_seq;
     u64 pad2[15];
-    // GPU to host: the last call whose orders are done.
-    u64 applied;
-    u64 pad3[15];
+    // Host to GPU: the orders of an answer that has more.
     Order orders[MAX_ORDERS];
     u64 ring[RING_RECORDS][RECORD_CELLS];
 };
@@ -67,16 +67,20 @@ struct Mailbox {
 
 // What outlives a launch, in device memory: 64 bytes, zeroed by the host, then seq = 1.
 struct State {
-    u32 seq;     // of the next call
-    u32 ticket;  // blocks that are done with the running call
-    u32 error;   // low 24 bits of the sequence number << 8 | status of the first failure; until the host clears it,
-                 // calls do nothing
-    u32 reserved[13];
+    u32 seq;         // of the next call
+    u32 error;       // low 24 bits of the sequence number << 8 | status of the first failure; until the host clears it,
+                     // calls do nothing
+    u32 turn;        // which of the counters below the next call with a miss uses; the others are 0
+    u32 reserved0;
+    u32 arrived[2];  // blocks that have read all that the call changes
+    u32 taken[2];    // tiles that were taken, not counting each warp's first
+    u32 reserved[8];
 };
 
 static_assert(sizeof(Order) == 32, "Order");
 static_assert(sizeof(State) == 64, "State");
-static_assert(sizeof(Mailbox) == 512 + MAX_ORDERS * 32 + RING_RECORDS * RECORD_CELLS * 8, "Mailbox");
+static_assert(sizeof(Mailbox) == 768 + MAX_ORDERS * 32 + RING_RECORDS * RECORD_CELLS * 8, "Mailbox");
+static_assert(1 + INLINE_ORDERS * ORDER_CELLS <= ANSWER_CELLS && ANSWER_CELLS == 2 * LANES, "answer");
 static_assert(RECORD_HEADER + 2 * MAX_WORDS <= RECORD_CELLS, "record");
 
 struct AcquireArgs {

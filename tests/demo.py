@@ -1,7 +1,8 @@
-"""The main job on real metadata, without a network: `make demo`.
+"""The main jobs on real input, without a network: `make demo`.
 
-Rebuilds checkpoints from their real names, shapes and configs (header bytes, no weights) and scans them. With
-`--picture FILE.svg` it draws what the terminal shows, for the README.
+Rebuilds checkpoints from their real names, shapes and configs (header bytes, no weights) and scans them. Then runs the
+small trained model of the tests with a quarter of its experts in memory, and compares its text with that of the whole
+model. With `--picture FILE.svg` it draws what the terminal shows of the scans, for the README.
 """
 
 from __future__ import annotations
@@ -24,6 +25,11 @@ import realrepo
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+#: Trained, 6 layers of 16 experts: tests/data/tiny-moe/README.md.
+TINY = Path(__file__).parent / "data/tiny-moe"
+
+PROMPT = "The old man walked down to the"
 
 #: One page for the first, one line for each of the others.
 MODELS = [
@@ -58,6 +64,28 @@ def show(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "moecore", *arguments], check=True)
 
 
+def compare() -> None:
+    """The same prompt by moecore in a quarter of the memory and by transformers with everything resident."""
+    import moecore
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    resident = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype="float32")
+    whole = resident.generate(**inputs, max_new_tokens=40, do_sample=False)
+    model = moecore.load(TINY, expert_memory="25%", device="cpu", dtype="float32")
+    with model.moecore as handle:
+        part = model.generate(**inputs, max_new_tokens=40, do_sample=False)
+        stats = handle.stats()
+    if part.tolist() != whole.tolist():
+        raise SystemExit("the tokens differ from those of the resident model")
+    print(
+        f"\nThe same {part.shape[1] - inputs.input_ids.shape[1]} tokens as the resident model, with {stats.slots} of "
+        f"{stats.experts} experts in memory."
+    )
+
+
 def draw(path: Path) -> None:
     """Writes the page of the first model and the table of all as SVG."""
     import moecore
@@ -86,6 +114,10 @@ def main() -> None:
         else:
             show("scan", MODELS[0])
             show("scan", *MODELS[1:])
+    if not target:
+        os.chdir(TINY.parent)
+        show("run", TINY.name, "--prompt", PROMPT, "--expert-memory", "25%", "--max-new-tokens", "40", "--show-prompt")
+        compare()
 
 
 if __name__ == "__main__":

@@ -18,10 +18,20 @@ ROOMS: dict[str, set[str]] = {
     "scan": {"header", "dtype", "error"},
     "model": {"header", "dtype", "error"},
     "memory": {"model", "header", "dtype", "error"},
+    "experts": {"error"},
+    "telemetry": set(),
+    "device": {"experts", "error"},
+    "io": {"experts", "error"},
+    "residency": {"error"},
+    "scheduler": {"residency", "io", "device", "telemetry", "experts", "error"},
 }
 
 #: Crates and the crates of this workspace each may use.
-CRATES: dict[str, set[str]] = {"moecore": set(), "moecore-py": {"moecore"}}
+CRATES: dict[str, set[str]] = {
+    "moecore": set(),
+    "moecore-cuda": {"moecore"},
+    "moecore-py": {"moecore", "moecore-cuda"},
+}
 
 #: Modules of the Python package and what each may import from it.
 MODULES: dict[str, set[str]] = {
@@ -32,10 +42,13 @@ MODULES: dict[str, set[str]] = {
     "scan": {"errors", "hub", "report", "_core"},
     "output": {"errors", "render", "report"},
     "progress": {"render", "report", "scan"},
-    "cli": {"errors", "output", "progress", "report", "scan", "_core"},
-    "__init__": {"errors", "report", "scan", "_core"},
+    "cli": {"errors", "output", "progress", "report", "scan", "runtime", "_core"},
+    "__init__": {"errors", "report", "runtime", "scan", "_core"},
     "__main__": {"cli"},
 }
+
+#: What the runtime may import of the rest of the package: it stands beside the scan, not on it.
+RUNTIME = {"errors", "_core"}
 
 #: What an installation without extras does not have.
 OPTIONAL = {"torch", "transformers"}
@@ -93,6 +106,20 @@ def test_modules_of_the_package(path: Path) -> None:
     own = {name.split(".")[1] for name in imports if name.startswith("moecore.")}
     assert own <= MODULES[path.stem], f"{path.name} imports {sorted(own - MODULES[path.stem])}"
     assert not {name.split(".")[0] for name in imports} & OPTIONAL
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "python/moecore/runtime").rglob("*.py")), ids=lambda path: path.stem)
+def test_modules_of_the_runtime(path: Path) -> None:
+    own = {name.split(".")[1] for name in python_imports(path.read_text()) if name.startswith("moecore.")}
+    assert own <= RUNTIME, f"{path.name} imports {sorted(own - RUNTIME)}"
+
+
+def test_gpu_code_is_in_its_crate_alone() -> None:
+    for path in (ROOT / "rust").rglob("*.rs"):
+        if "moecore-cuda" not in path.parts:
+            text = path.read_text()
+            assert "libloading" not in text, path
+            assert "libcuda" not in text, path
 
 
 def test_the_readers_see_what_they_should() -> None:

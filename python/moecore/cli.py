@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        return _scan(arguments)
+        return _run(arguments) if arguments.command == "run" else _scan(arguments)
     except MoecoreError as error:
         print(f"moecore: error: {printable(str(error))}", file=sys.stderr)
         _drop_unwritten()
@@ -88,7 +88,45 @@ def _parser() -> argparse.ArgumentParser:
     alike.add_argument("--experimental", action="store_true", help="no effect: KV cache and experts are always shown")
     alike.add_argument("--details", action="store_true", help="no effect: details are always in the JSON")
     alike.add_argument("--ignore-table-width", action="store_true", help=argparse.SUPPRESS)
+    _add_run(commands)
     return parser
+
+
+def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    run = commands.add_parser(
+        "run",
+        help="generate text with a part of the experts on the device",
+        description="Runs a transformers MoE model with a part of its experts on the device, streams the text, and "
+        "ends with what the experts have cost. Greedy. Needs torch and transformers.",
+    )
+    run.add_argument("model", metavar="MODEL", help="org/name or a folder")
+    run.add_argument("--prompt", "-p", required=True, help="text to go on from")
+    run.add_argument("--max-new-tokens", type=int, default=128, metavar="N", help="tokens to generate (default: 128)")
+    run.add_argument(
+        "--expert-memory", default="auto", metavar="BUDGET", help="'25%%', '12GiB', bytes or auto (default)"
+    )
+    run.add_argument("--host-memory", default="auto", metavar="BUDGET", help="pinned host memory for experts, on a GPU")
+    run.add_argument("--device", help="cpu, cuda, cuda:1 (default: CUDA where there is one)")
+    run.add_argument("--dtype", help="float32, bfloat16, ... (default: as stored)")
+    run.add_argument("--policy", default="cyclic", help="which expert gives way (default: cyclic)")
+    run.add_argument("--max-model-len", type=int, metavar="T", help="tokens to keep KV cache room for, with auto")
+    run.add_argument("--revision", help="branch, tag or commit")
+    run.add_argument("--raw", action="store_true", help="do not use the tokenizer's chat template")
+    run.add_argument("--show-prompt", action="store_true", help="print the prompt before the text")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.max_new_tokens < 1:
+        raise TargetError(f"--max-new-tokens must be at least 1, not {arguments.max_new_tokens}")
+    try:
+        from moecore.runtime.run import run
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "transformers"):
+            raise
+        raise MoecoreError(f'moecore run needs {error.name}; run: pip install "moecore[torch]"') from error
+    if arguments.expert_memory.isdigit():
+        arguments.expert_memory = int(arguments.expert_memory)
+    return run(arguments)
 
 
 def _scan(arguments: argparse.Namespace) -> int:

@@ -7,13 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from moecore import _core
 
 
 def stream() -> int:
     """The stream torch launches into."""
-    return int(torch.cuda.current_stream().cuda_stream)
+    return int(torch._C._cuda_getCurrentRawStream(torch.cuda.current_device()))
 
 
 class Rig:
@@ -29,6 +28,8 @@ class Rig:
         fill: bool = True,
         delay: float = 0.0,
         fault: tuple[int, str] | None = None,
+        prefetched: list[tuple[int, int]] | None = None,
+        retires: bool = False,
         seed: int = 0,
     ) -> None:
         self.layers, self.experts, self.row_bytes = layers, experts, row_bytes
@@ -41,6 +42,8 @@ class Rig:
             for expert in range(total):
                 self.row(expert)[:] = rng.integers(0, 256, self.slot_bytes, dtype=np.uint8)
         self.arena = torch.full((slots, self.slot_bytes), 0xEE, dtype=torch.uint8, device="cuda")
+        for expert, slot in prefetched or []:
+            self.arena[slot].copy_(torch.from_numpy(self.row(expert)))
         self.table = torch.full((total,), -1, dtype=torch.int32, device="cuda")
         self.counts = torch.zeros(total, dtype=torch.int32, device="cuda")
         self.state = torch.zeros(64, dtype=torch.uint8, device="cuda")
@@ -55,7 +58,7 @@ class Rig:
             "experts": [experts] * layers,
             "row_bytes": [row_bytes] * layers,
         }
-        self.engine = _core._testing.lru_engine(0, options, self.rows, delay, fault)
+        self.engine = _core._testing.lru_engine(0, options, self.rows, delay, fault, prefetched or [], retires)
 
     def row(self, expert: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The pinned row of a dense id, writable."""
@@ -63,12 +66,21 @@ class Rig:
         assert address is not None
         return np.ctypeslib.as_array((ctypes.c_uint8 * self.slot_bytes).from_address(address))
 
+    def truth(self) -> torch.Tensor:
+        """Every row, on the GPU."""
+        rows = [torch.from_numpy(self.row(expert)[: self.row_bytes]) for expert in range(self.layers * self.experts)]
+        return torch.stack(rows).cuda()
+
     def acquire(self, layer: int, ids: torch.Tensor, slots: torch.Tensor | None = None) -> torch.Tensor:
         """One call; the slots of the ids."""
         if slots is None:
             slots = torch.full(ids.shape, -7, dtype=torch.int32, device="cuda")
         self.engine.acquire(layer, ids.data_ptr(), ids.numel(), slots.data_ptr(), 0, stream())
         return slots
+
+    def held(self, slots: torch.Tensor) -> torch.Tensor:
+        """The bytes in those slots."""
+        return self.arena[slots.reshape(-1).long(), : self.row_bytes]
 
     def close(self) -> None:
         """Ends the engine."""

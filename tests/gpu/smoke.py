@@ -7,7 +7,6 @@ import sys
 
 import torch
 from engine_rig import Rig, stream
-
 from moecore import _core
 
 print("available:", _core.cuda_available() or "yes", torch.cuda.get_device_name())
@@ -115,7 +114,9 @@ for T in (1, 2, 4, 8):
             if "a" in which:
                 rig.acquire(0, ids, slots)
             if "u" in which:
-                rig.engine.expert_up("bfloat16", 0, x.data_ptr(), slots.data_ptr(), h.data_ptr(), T, K, H, I, 0, stream())
+                rig.engine.expert_up(
+                    "bfloat16", 0, x.data_ptr(), slots.data_ptr(), h.data_ptr(), T, K, H, I, 0, stream()
+                )
             if "d" in which:
                 rig.engine.expert_down(
                     "bfloat16", 4 * I * H, h.data_ptr(), slots.data_ptr(), wts.data_ptr(), True, o.data_ptr(), T, K, I, H,
@@ -124,7 +125,12 @@ for T in (1, 2, 4, 8):
 
     torch.cuda.synchronize()
     line = f"T={T}:"
-    for which, name, nbytes in (("a", "acquire", 0), ("u", "up", 2 * H * I * 2), ("d", "down", H * I * 2), ("aud", "all", 6 * H * I)):
+    for which, name, nbytes in (
+        ("a", "acquire", 0),
+        ("u", "up", 2 * H * I * 2),
+        ("d", "down", H * I * 2),
+        ("aud", "all", 6 * H * I),
+    ):
         g = torch.cuda.CUDAGraph()
         with torch.cuda.graph(g):
             run(which)
@@ -155,7 +161,10 @@ for n in (1, 2, 4, 8):
     it = iter(batch)
     out = torch.empty(n, dtype=torch.int32, device="cuda")
     us = timed(lambda it=it, out=out: rig.acquire(0, next(it), out), 30)
-    print(f"{n} misses: {us:.0f} us, {n * row / us / 1e3:.1f} GB/s, {n * row / us / 1e3 / link:.0%} of copy engine;", rig.engine.error())
+    print(
+        f"{n} misses: {us:.0f} us, {n * row / us / 1e3:.1f} GB/s, {n * row / us / 1e3 / link:.0%} of copy engine;",
+        rig.engine.error(),
+    )
 print(rig.engine.stats())
 rig.close()
 sys.exit(0)

@@ -1,4 +1,4 @@
-"""Every family, on a tiny checkpoint: where its experts' bytes are, that nobody reads them early, and the same tokens."""
+"""Every family, on a tiny checkpoint: where its experts lie, that nobody reads them early, and the same tokens."""
 
 from __future__ import annotations
 
@@ -113,6 +113,8 @@ def elements(entry: tuple[Path, int, dict[str, Any]]) -> int:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", tiny.NAMES)
 def test_same_tokens_as_the_resident_model(name: str, dtype: torch.dtype, checkpoints: Path) -> None:
+    if (name, dtype) == ("deepseek_v4", torch.bfloat16) and tiny.VERSION < (5, 23):
+        pytest.skip(f"transformers {tiny.transformers.__version__} cannot run deepseek_v4 in bfloat16 itself")
     folder = tiny.checkpoint(family(name), checkpoints, dtype)
     model, index = skeleton(name, folder)
     runtime = tiny.Reference(tiny.aligned(model), index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from .stats import Counters, Stats
 from .takeover import DEFAULT_POLICY, Options, start, unwrap, wrap_model
 
 if TYPE_CHECKING:
+    import os
+
     from torch import nn
 
     from .budget import Budget
@@ -96,8 +97,10 @@ def wrap(
         The same model, with a :class:`Handle` as ``model.moecore``.
     """
     options = _options(expert_memory, host_memory, policy, max_model_len, spill_dir)
-    if isinstance(vars(model).get("moecore"), Handle):
-        raise ConfigError("moecore runs this model already; call moecore.unwrap(model) first")
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"wrap takes a model that is loaded, not {type(model).__name__}; moecore.load takes a name")
+    if any("_moecore" in vars(module) for module in model.modules()):
+        raise ConfigError("moecore runs this model, or a part of it, already; call moecore.unwrap on what was wrapped")
     refuse(model)
     found = find(model)
     if not found:
@@ -115,4 +118,6 @@ def _options(
     max_model_len: int | None,
     spill_dir: str | os.PathLike[str] | None,
 ) -> Options:
-    return Options(expert_memory, host_memory, policy, max_model_len, None if spill_dir is None else Path(spill_dir))
+    return Options(
+        expert_memory, host_memory, str(policy), max_model_len, None if spill_dir is None else Path(spill_dir)
+    )

@@ -17,6 +17,9 @@ UNITS = {
 #: Share of the free memory that ``"auto"`` leaves alone: allocators round up, and other programs breathe.
 RESERVE = 0.1
 
+#: What nobody has; a larger number would not fit a float.
+LARGEST = 2**62
+
 Budget = int | str
 
 
@@ -29,7 +32,7 @@ def parse(value: Budget, whole: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, str)):
         raise BudgetError(f"{name} must be a number of bytes or a text like '12GiB' or '25%', not {value!r}")
     if isinstance(value, int):
-        amount = float(value)
+        amount = float(min(value, LARGEST))
     else:
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%|[a-zA-Z]*)\s*", value)
         unit = match[2].lower() if match else None
@@ -38,7 +41,7 @@ def parse(value: Budget, whole: int, name: str) -> int:
         amount = float(match[1]) * (whole / 100 if unit == "%" else UNITS[unit or ""])
     if amount < 1:
         raise BudgetError(f"{name}={value!r} is no memory at all: give at least one expert's bytes")
-    return int(amount)
+    return int(min(amount, LARGEST))
 
 
 @dataclass(frozen=True)

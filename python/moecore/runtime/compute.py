@@ -7,7 +7,7 @@ size: `begin` makes the table of rows, `accumulate` fills those of the experts t
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ def can_group(taken: Taken, weights: dict[str, Tensor], hidden: Tensor) -> bool:
 
 def grouped(taken: Taken, weights: dict[str, Tensor], x: Tensor, offsets: Tensor) -> Tensor:
     """The grouped path of a module with the interface's layout, in the order of `grouped_mm_experts_forward`."""
-    module = taken.module
+    module: Any = taken.module
     bias = getattr(module, "has_bias", False)
     gate = getattr(module, "has_gate", True)  # a module without the interface's marks has the plain layout
     transposed = getattr(module, "is_transposed", False)
@@ -112,9 +112,9 @@ def grouped(taken: Taken, weights: dict[str, Tensor], x: Tensor, offsets: Tensor
         return out
 
     hidden = linear("gate_up_proj" if gate else "up_proj", x)
-    hidden = module._apply_gate(hidden) if gate else module.act_fn(hidden)  # type: ignore[operator]
+    hidden = module._apply_gate(hidden) if gate else module.act_fn(hidden)
     out = linear("down_proj", hidden)
-    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out  # type: ignore[operator]
+    return module.post_expert_norm(out) if getattr(module, "has_post_expert_norm", False) else out
 
 
 def result_dtype(taken: Taken, hidden: Tensor) -> torch.dtype:

@@ -210,7 +210,8 @@ class Recipe:
         wanted = self.entry.target_patterns[self.at] if self.entry is not None else None
         result = state[wanted] if wanted in state else next(iter(state.values()))
         result = result[0] if isinstance(result, list) else result
-        return result[0] if result.dim() == len(shape) + 1 else result
+        one: Tensor = result[0] if result.dim() == len(shape) + 1 else result
+        return one
 
 
 class OneExpert:

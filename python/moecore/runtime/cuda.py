@@ -26,24 +26,59 @@ AHEAD_SHARE = 0.75
 
 
 def host_rows(store: Store, device: torch.device, options: Options, notes: list[str]) -> HostRows:
-    """Pinned host memory for as many experts as `options.host_memory` allows."""
+    """Pinned host memory for as many experts as `options.host_memory` allows and the host gives."""
     reason = cuda_available()
     if reason is not None:
         raise DeviceError(f"moecore cannot use {device}: {reason}")
-    free = budget.free_host_memory()
+    experts = store.core.experts
     if options.host_memory == "auto":
-        allowed = int(free * (1 - budget.RESERVE))
+        allowed = int(budget.free_host_memory() * (1 - budget.RESERVE))
     else:
         allowed = budget.parse(options.host_memory, store.bytes, "host_memory")
-    rows = min(max(allowed // store.slot_bytes, store.min_slots), store.core.experts)
-    if rows < store.core.experts:
-        notes.append(f"host memory: {rows:,} of {store.core.experts:,} experts; the others stay on disk")
-    return HostRows(store.core, device=index_of(device), rows=rows, policy=options.policy)
+    wanted = min(max(allowed // store.slot_bytes, store.min_slots), experts)
+    number = index_of(device)
+    rows = HostRows(store.core, device=number, rows=wanted, policy=options.policy)
+    pinned = rows.settle()
+    if pinned < wanted:
+        notes.append(f"host memory: {size_of(store, wanted)} were wanted and {size_of(store, pinned)} could be pinned")
+        if pinned < store.min_slots:
+            raise DeviceError(
+                f"the host gives {size_of(store, pinned)} of pinned memory, and one token needs "
+                f"{size_of(store, store.min_slots)}; free host memory or raise the limit of the container"
+            )
+        rows = HostRows(store.core, device=number, rows=pinned, policy=options.policy)
+        pinned = rows.settle()
+    if pinned < experts:
+        notes.append(f"host memory: {pinned:,} of {experts:,} experts are pinned at a time; the others are on disk")
+    return rows
+
+
+def size_of(store: Store, rows: int) -> str:
+    """Bytes of so many rows, for people."""
+    return budget.size(rows * store.slot_bytes)
+
+
+def put(rows: HostRows, store: Store, taken: list[Taken]) -> None:
+    """Moves the experts of a loaded model into host rows."""
+    for layout, one in zip(store.layouts, taken, strict=True):
+        row = torch.zeros(layout.row_bytes, dtype=torch.uint8)
+        views = layout.views(row)
+        for expert in range(layout.experts):
+            for name, part in one.resident(expert).items():
+                views[name].copy_(part)
+            rows.put(layout.number, expert, row.data_ptr(), layout.row_bytes)
+
+
+def copied_row(rows: HostRows, layout: Layout, expert: int) -> dict[str, Tensor]:
+    """The parts of one expert, copied out of host rows."""
+    row = torch.empty(layout.row_bytes, dtype=torch.uint8)
+    rows.copy(layout.number, expert, row.data_ptr(), layout.row_bytes)
+    return layout.views(row)
 
 
 def index_of(device: torch.device) -> int:
     """The device's number."""
-    return torch.cuda.current_device() if device.index is None else device.index
+    return int(torch.cuda.current_device() if device.index is None else device.index)
 
 
 class CudaBackend:
@@ -87,7 +122,8 @@ class CudaBackend:
         self.ring_first, self.chunk, self.halves = self.core.ring
         self.kernels = Kernels(self.engine)
         self.streaming = False
-        self.ahead: tuple[int, list[int]] | None = None
+        #: Half of the ring, layer and experts that were staged before they were asked for.
+        self.ahead: tuple[int, int, list[int]] | None = None
         self._views: dict[tuple[int, int, int], dict[str, Tensor]] = {}
 
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
@@ -101,13 +137,17 @@ class CudaBackend:
         return self._prefill(layer, taken, hidden, index, weights, few=False)
 
     def _decode(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = self._stream()
         if self.streaming:
             self._end_prefill(stream)
         index = index.contiguous()
         slots = torch.empty(index.shape, dtype=torch.int32, device=self.device)
         self.engine.acquire(layer, index.data_ptr(), index.numel(), slots.data_ptr(), 1, stream)
-        return self.kernels.experts(taken, self.layouts[layer], hidden, slots, weights, stream)
+        return self.kernels.experts(taken, self.layouts[layer], hidden, index, slots, weights, stream)
+
+    def _stream(self) -> int:
+        # A tenth of a microsecond; torch.cuda.current_stream takes eight.
+        return int(torch._C._cuda_getCurrentRawStream(self.device.index))
 
     def _prefill(
         self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor, *, few: bool
@@ -118,7 +158,7 @@ class CudaBackend:
                 f"a call of {hidden.shape[0]} tokens cannot be captured in a CUDA graph: its experts pass through a "
                 "ring; capture decode steps only, with a budget that holds the experts of one step"
             )
-        stream = torch.cuda.current_stream(self.device).cuda_stream
+        stream = self._stream()
         # Ordered after every call before it, on whatever stream; the look at the index below then waits for them all.
         self.engine.update_table([], stream)
         routing = compute.Routing.of(taken, index)
@@ -146,19 +186,16 @@ class CudaBackend:
                 self.core.stage(0, layer, waves[number + 1], stream)
         self.engine.update_table([(self._id(layer, expert), slot) for expert, slot in keep.items()], stream)
         self._go_ahead(layer, len(experts), (first_half + len(waves)) % self.halves, stream)
-        return compute.combine(taken, out, weights, hidden.shape[0], hidden.dtype)
+        return compute.combine(taken, out, weights, hidden.shape[0], hidden.dtype, index)
 
     def _start(self, layer: int, waves: list[list[int]], stream: int) -> int:
         """Stages the first wave, or finds it staged by the layer before; its half."""
         ahead, self.ahead = self.ahead, None
         if not waves:
             return 0
-        half = 0
-        if ahead is not None:
-            half, staged = ahead[0], self._staged
-            if staged == (layer, waves[0]):
-                return half
-        self.core.stage(half, layer, waves[0], stream)
+        half = ahead[0] if ahead is not None else 0
+        if ahead is None or ahead[1:] != (layer, waves[0]):
+            self.core.stage(half, layer, waves[0], stream)
         return half
 
     def _go_ahead(self, layer: int, asked: int, half: int, stream: int) -> None:
@@ -168,8 +205,7 @@ class CudaBackend:
             return
         wave = list(range(min(self.chunk, self.layouts[following].experts)))
         self.core.stage(half, following, wave, stream)
-        self._staged = (following, wave)
-        self.ahead = (half, wave)
+        self.ahead = (half, following, wave)
 
     def _end_prefill(self, stream: int) -> None:
         if torch.cuda.is_current_stream_capturing():
@@ -255,15 +291,7 @@ class CudaBackend:
 
     def row(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parts of one expert, copied out."""
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        torch.cuda.synchronize(self.device)
-        if not self.streaming:
-            self.streaming = True
-            self.engine.update_table([(gone, None) for gone in self.core.begin_prefill()], stream)
-        self.core.stage(0, layer, [expert], stream)
-        self.core.ready(0, stream)
-        views = self.views(self.layouts[layer], self.ring_first, 1)
-        return {name: part[0].clone() for name, part in views.items()}
+        return copied_row(self.rows, self.layouts[layer], expert)
 
     def stats(self) -> Stats:
         """What host and device have counted."""

@@ -79,8 +79,8 @@ def refuse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "_is_expert_parallel", False):
             raise ConfigError(
-                f"moecore cannot take over this {kind} model: {name} runs under expert parallelism, which spreads experts "
-                "in its own way; load it without a distributed_config"
+                f"moecore cannot take over this {kind} model: {name} runs under expert parallelism, which spreads "
+                "experts in its own way; load it without a distributed_config"
             )
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moecore.errors import ConfigError, MoecoreError
+from moecore.errors import ConfigError, DeviceError, MoecoreError
 
 from .stats import Stats, table
 
@@ -51,15 +54,34 @@ class Handle:
         self.layer_of = {id(one.module): number for number, one in enumerate(taken)}
         self._model_class = type(model).__name__
         self._lock = threading.Lock()
+        self._forked = False
+        LIVE.add(self)
 
     def run(self, module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of an experts module: hidden [T, H], index and weights [T, k] -> [T, H]."""
-        if self.closed:
-            raise MoecoreError(f"the experts of this {self._model_class} were closed; load or wrap the model again")
+        self.check()
         layer = self.layer_of.get(id(module))
         if layer is None:
             raise ConfigError("this experts module belongs to a copy of the model; wrap the copy itself")
-        return self.backend.run(layer, self.taken[layer], hidden, index, weights)
+        try:
+            return self.backend.run(layer, self.taken[layer], hidden, index, weights)
+        except Exception as error:
+            if not self.closed:
+                raise
+            raise self._is_closed() from error  # by another thread, meanwhile
+
+    def check(self) -> None:
+        """Raises where the experts cannot run any more."""
+        if self.closed:
+            raise self._is_closed()
+        if self._forked:
+            raise DeviceError(
+                f"this process was forked from the one that runs this {self._model_class}, and the threads that bring "
+                "its experts did not come along; load the model in this process, or start it by 'spawn'"
+            )
+
+    def _is_closed(self) -> MoecoreError:
+        return MoecoreError(f"the experts of this {self._model_class} were closed; load or wrap the model again")
 
     def stats(self) -> Stats:
         """Counters since the start or the last :meth:`reset_stats`."""
@@ -79,6 +101,8 @@ class Handle:
             if self.closed:
                 return
             self.closed = True
+        if self._forked:
+            return
         self.backend.close()
         if self.store.spill is not None:
             self.store.spill.close()
@@ -87,7 +111,9 @@ class Handle:
         """The handle itself."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Closes."""
         self.close()
 
@@ -98,3 +124,19 @@ class Handle:
     def __reduce__(self) -> Any:
         """Nor pickled."""
         raise ConfigError("a model that moecore runs cannot be pickled; call moecore.unwrap(model) first")
+
+
+#: Every handle of this process that somebody still has.
+LIVE: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    """In the child: no handle may ask the parent's threads for anything, nor wait for their end, not even at exit."""
+    for handle in list(LIVE):
+        handle._forked = True
+        handle._lock = threading.Lock()
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle.backend))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

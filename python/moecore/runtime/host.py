@@ -43,6 +43,7 @@ class HostBackend:
         )
         self.slots = slots
         self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
+        self._last: Stats | None = None
 
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of a layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
@@ -52,8 +53,10 @@ class HostBackend:
         tokens = [routing.starts[expert + 1] - routing.starts[expert] for expert in experts]
         layout = self.layouts[layer]
         prefill = hidden.shape[0] > DECODE_TOKENS
-        if experts and not prefill and len(experts) <= self.slots:
-            rows = self.engine.acquire(layer, experts, tokens, False)
+        # Where every expert has a slot there is nothing for a prefill to disturb.
+        cached = len(experts) <= self.slots and (not prefill or self.slots == self.store.core.experts)
+        if experts and cached:
+            rows = self.engine.acquire(layer, experts, tokens, prefill)
             try:
                 self._accumulate(taken, layout, hidden, routing, experts, rows.slots, out)
             finally:
@@ -65,7 +68,7 @@ class HostBackend:
                     self._accumulate(taken, layout, hidden, routing, wave, slots, out)
             finally:
                 waves.close()
-        return compute.combine(taken, out, weights, hidden.shape[0], hidden.dtype)
+        return compute.combine(taken, out, weights, hidden.shape[0], hidden.dtype, index)
 
     def _accumulate(
         self,
@@ -98,7 +101,7 @@ class HostBackend:
 
     def stats(self) -> Stats:
         """What the engine has counted."""
-        return collect(
+        return self._last or collect(
             self.engine.stats(),
             [layout.experts for layout in self.layouts],
             slots=self.slots,
@@ -109,10 +112,13 @@ class HostBackend:
 
     def reset_stats(self) -> None:
         """Counts from zero."""
-        self.engine.reset_stats()
+        if self._last is None:
+            self.engine.reset_stats()
 
     def close(self) -> None:
-        """Ends threads and reads, and lets the memory go."""
+        """Ends threads and reads, and lets the memory go. What was counted stays."""
+        self._last = self.stats()
         self.engine.close()
+        del self.engine  # it owns the memory
         self._views.clear()
         self.arena = torch.empty(0, 0, dtype=torch.uint8)

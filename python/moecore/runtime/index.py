@@ -225,8 +225,8 @@ class ExpertIndex:
         if packed and param.dtype.is_floating_point and param.dtype.itemsize > 1:
             raise blame(
                 ConfigError,
-                f"{self.files[first.file]}: {key} is {first.dtype} and {recipe.target} is {param.dtype}, but config.json "
-                "names no quantisation that would say how to unpack it; add its quantization_config",
+                f"{self.files[first.file]}: {key} is {first.dtype} and {recipe.target} is {param.dtype}, but "
+                "config.json names no quantisation that would say how to unpack it; add its quantization_config",
                 self.files[first.file],
                 key,
             )

@@ -62,7 +62,14 @@ class Kernels:
         return self._fused[key]
 
     def experts(
-        self, taken: Taken, layout: Layout, hidden: Tensor, slots: Tensor, weights: Tensor, stream: int
+        self,
+        taken: Taken,
+        layout: Layout,
+        hidden: Tensor,
+        index: Tensor,
+        slots: Tensor,
+        weights: Tensor,
+        stream: int,
     ) -> Tensor:
         """The whole layer over slots [T, k] int32 -> [T, H]."""
         from . import compute
@@ -70,7 +77,7 @@ class Kernels:
         activation = self.fused(taken)
         if activation is None or weights.dtype not in (torch.float32, taken.dtype):
             rows = self.rows(taken, layout, hidden, slots, stream)
-            return compute.combine(taken, rows, weights, hidden.shape[0], hidden.dtype)
+            return compute.combine(taken, rows, weights, hidden.shape[0], hidden.dtype, index)
         up, down = _part(layout, "gate_up_proj"), _part(layout, "down_proj")
         (tokens, top_k), width = slots.shape, hidden.shape[-1]
         x = hidden.to(taken.dtype).contiguous()

@@ -30,7 +30,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that the device has free, with what torch holds and does not use."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
     return budget.free_host_memory()
 
 

@@ -36,7 +36,7 @@ def detach(module: nn.Module) -> None:
     vars(module).pop("_moecore", None)
 
 
-def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
     """hidden [T, H], index int64 [T, k], weights [T, k] -> [T, H]. Registered with transformers for all models."""
     if torch.compiler.is_compiling():
         return torch.ops.moecore.experts(hidden, index, weights, module._moecore_number)
@@ -55,7 +55,7 @@ def _call(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> 
         return handle.run(module, hidden, index, weights)
 
 
-class _NoBackward(torch.autograd.Function):
+class _NoBackward(torch.autograd.Function):  # type: ignore[misc]  # torch is not followed
     """Experts that come and go keep nothing for a backward pass; saying so beats gradients that are wrong."""
 
     @staticmethod
@@ -67,15 +67,15 @@ class _NoBackward(torch.autograd.Function):
         raise RuntimeError("moecore runs experts for inference only; call moecore.unwrap(model) before training")
 
 
-@torch.library.custom_op("moecore::experts", mutates_args=())
+@torch.library.custom_op("moecore::experts", mutates_args=())  # type: ignore[untyped-decorator]
 def experts(hidden: Tensor, index: Tensor, weights: Tensor, number: int) -> Tensor:
     """The opaque form for `torch.compile`."""
-    module = MODULES[number]()
+    module = MODULES.get(number, lambda: None)()
     if module is None:
-        raise ConfigError("this compiled graph belongs to a model that is gone; compile the new one")
+        raise ConfigError("this compiled graph belongs to a model that is gone or unwrapped; compile the model again")
     return _call(module, hidden, index, weights)
 
 
-@experts.register_fake
+@experts.register_fake  # type: ignore[untyped-decorator]
 def _(hidden: Tensor, index: Tensor, weights: Tensor, number: int) -> Tensor:
     return torch.empty_like(hidden)

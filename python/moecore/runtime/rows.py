@@ -6,7 +6,7 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,6 +14,7 @@ from moecore._core import ExpertStore
 from moecore.errors import FileError
 
 from .budget import size
+from .index import Part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -28,27 +29,6 @@ PART_ALIGNMENT = 256
 
 #: Rows in the spill file begin at multiples of this, so that direct reads go straight into slots.
 PAGE = 4096
-
-
-class Part(Protocol):
-    """One parameter of one expert, and its place in the row."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A :class:`Part` of a model that was already loaded."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    offset: int
-    bytes: int
 
 
 @dataclass(frozen=True)
@@ -100,12 +80,12 @@ class Store:
     @property
     def slot_bytes(self) -> int:
         """Bytes from one slot to the next."""
-        return self.core.slot_bytes
+        return int(self.core.slot_bytes)
 
     @property
     def bytes(self) -> int:
         """Bytes of all slots that the whole model would need."""
-        return self.core.experts * self.core.slot_bytes
+        return int(self.core.experts * self.core.slot_bytes)
 
     @property
     def min_slots(self) -> int:
@@ -113,15 +93,16 @@ class Store:
         return max(min(layout.top_k, layout.experts) for layout in self.layouts)
 
 
-def build(files: Sequence[Path | str], layouts: list[Layout], ranges: list[list[list[Range]]], spill: Spill | None) -> Store:
+def build(
+    files: Sequence[Path | str], layouts: list[Layout], ranges: list[list[list[Range]]], spill: Spill | None
+) -> Store:
     """The store of rows that lie in `files`, and in the spill file where one is given (as the last file)."""
     paths = [str(file) for file in files]
     if spill is not None:
         spill.finish()
         paths.append(str(spill.path))
     layers = [
-        (layout.name, layout.row_bytes, layout.top_k, experts)
-        for layout, experts in zip(layouts, ranges, strict=True)
+        (layout.name, layout.row_bytes, layout.top_k, experts) for layout, experts in zip(layouts, ranges, strict=True)
     ]
     return Store(ExpertStore(paths, layers), layouts, spill)
 
@@ -138,7 +119,9 @@ def from_index(index: ExpertIndex, folder: Path | None) -> Store:
         ranges: list[list[list[Range]]] = []
         for number, layer in enumerate(index.layers):
             if layer.ranges is not None:
-                ranges.append([[tuple(one) for one in expert] for expert in layer.ranges])
+                ranges.append(
+                    [[(one.file, one.offset, one.bytes, one.at) for one in expert] for expert in layer.ranges]
+                )
             elif spill is not None:
                 rows = (index.materialise(number, expert) for expert in range(layer.num_experts))
                 ranges.append([[(len(index.files), *where)] for where in spill.write(layouts[number], rows)])
@@ -149,6 +132,17 @@ def from_index(index: ExpertIndex, folder: Path | None) -> Store:
         raise
 
 
+def held(taken: list[Taken]) -> Store:
+    """The store of a loaded model whose experts go to host rows, with no file behind them."""
+    layouts: list[Layout] = []
+    ranges: list[list[list[Range]]] = []
+    for number, one in enumerate(taken):
+        pieces, row_bytes = _row_bytes(one)
+        layouts.append(Layout(number, one.name, one.num_experts, one.top_k or 1, row_bytes, pieces))
+        ranges.append([[] for _ in range(one.num_experts)])
+    return build([], layouts, ranges, None)
+
+
 def from_modules(taken: list[Taken], free: Callable[[Taken], None], folder: Path | None) -> Store:
     """Writes the experts of a loaded model to a spill file, then has each module freed.
 
@@ -156,7 +150,8 @@ def from_modules(taken: list[Taken], free: Callable[[Taken], None], folder: Path
     """
     spill = Spill(folder, sum(_row_bytes(one)[1] * one.num_experts for one in taken))
     try:
-        layouts, ranges = [], []
+        layouts: list[Layout] = []
+        ranges: list[list[list[Range]]] = []
         for number, one in enumerate(taken):
             pieces, row_bytes = _row_bytes(one)
             layout = Layout(number, one.name, one.num_experts, one.top_k or 1, row_bytes, pieces)
@@ -172,13 +167,13 @@ def from_modules(taken: list[Taken], free: Callable[[Taken], None], folder: Path
     return store
 
 
-def _row_bytes(taken: Taken) -> tuple[list[Piece], int]:
+def _row_bytes(taken: Taken) -> tuple[list[Part], int]:
     """Parts of a loaded module's rows, laid end to end, and the length of a row."""
     pieces, end = [], 0
     for param in taken.params:
         start = -(-end // PART_ALIGNMENT) * PART_ALIGNMENT
         length = torch.Size(param.shape).numel() * param.dtype.itemsize
-        pieces.append(Piece(param.name, param.shape, param.dtype, start, length))
+        pieces.append(Part(param.name, param.shape, param.dtype, start, length))
         end = start + length
     return pieces, end
 
@@ -213,16 +208,25 @@ class Spill:
                 row = torch.zeros(-(-layout.row_bytes // PAGE) * PAGE, dtype=torch.uint8)
                 for name, view in layout.views(row).items():
                     view.copy_(parts[name])
-                self._file.write(memoryview(row.numpy()))
+                left = memoryview(row.numpy())
+                while left:  # a full disk takes a part first and says so the next time
+                    left = left[self._file.write(left) :]
                 places.append((self._end, layout.row_bytes, 0))
                 self._end += row.numel()
         except OSError as error:
-            raise FileError(f"{self.path}: cannot write experts there: {error}; name a folder with spill_dir=") from error
+            raise FileError(
+                f"{self.path}: cannot write experts there: {error}; name a folder with spill_dir="
+            ) from error
         return places
 
     def finish(self) -> None:
         """Everything is written; the engine opens the file by its descriptor, for its name is gone."""
-        os.fsync(self._file.fileno())
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise FileError(
+                f"{self.path}: cannot write experts there: {error}; name a folder with spill_dir="
+            ) from error
         named = Path(self.path)
         self.path = f"/proc/self/fd/{self._file.fileno()}"
         if Path(self.path).exists():

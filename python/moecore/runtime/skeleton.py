@@ -274,7 +274,8 @@ def strip(found: list[Taken]) -> None:
             module._parameters[name] = None
             # Without this mark transformers would initialise the module, and fail on None.
             module._is_hf_initialized = True
-        taken.module._is_hf_initialized = True  # type: ignore[assignment]
+        experts: Any = taken.module
+        experts._is_hf_initialized = True
 
 
 def settle_blocks(model: Any, found: list[Taken], index: ExpertIndex) -> None:

@@ -114,12 +114,13 @@ def collect(
 
 def table(stats: Stats, notes: list[str]) -> str:
     """A table for a terminal, with notes below."""
-    rows = [("", "prefill", "decode")]
+    rows: list[tuple[str, ...]] = [("", "prefill", "decode")]
     pairs = (stats.prefill, stats.decode)
     rows.append(("hit rate", *(f"{one.hit_rate:.1%}" if one.lookups else "-" for one in pairs)))
     for name in ("lookups", "hits", "late", "misses", "evictions"):
         rows.append((name, *(f"{getattr(one, name):,}" for one in pairs)))
-    for name, label in (("demand_bytes", "moved on demand"), ("prefetch_bytes", "prefetched"), ("wasted_bytes", "of it wasted")):
+    labels = {"demand_bytes": "moved on demand", "prefetch_bytes": "prefetched", "wasted_bytes": "of it wasted"}
+    for name, label in labels.items():
         rows.append((label, *(size(getattr(one, name)) for one in pairs)))
     rows.append(("waited for experts", *(f"{one.stall_ns / 1e6:.1f} ms" for one in pairs)))
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

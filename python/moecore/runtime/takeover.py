@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,20 +10,32 @@ import torch
 from moecore.errors import BudgetError, ConfigError, MoecoreError
 
 from . import budget, ops, rows
-from .families import take_over
+from .families import pretrained, take_over
 from .handle import Handle
 from .host import HostBackend
 from .memory import auto_budget
 
 if TYPE_CHECKING:
-    from torch import nn
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from torch import Tensor, nn
+
+    from moecore._core import HostRows
 
     from .families import Taken
     from .handle import Backend
     from .rows import Store
 
-#: Evicts the expert with the fewest recent uses: the best mean on real traces (benches/results/policies.md).
-DEFAULT_POLICY = "lfru"
+    #: Layer and expert -> the expert's parts.
+    Row = Callable[[int, int], dict[str, Tensor]]
+
+#: Methods that write a checkpoint.
+SAVES = ("save_pretrained", "push_to_hub")
+
+#: Evicts by frequency over recency over the wait until the layer's next turn: the best mean on real traces
+#: (benches/results/policies.md).
+DEFAULT_POLICY = "cyclic"
 
 
 @dataclass(frozen=True)
@@ -64,9 +75,20 @@ def owner_of(taken: Taken, path: str) -> tuple[Any, str]:
     return (taken.module.get_submodule(owner) if owner else taken.module), name
 
 
-def start(model: nn.Module, store: Store, taken: list[Taken], device: torch.device, options: Options) -> Handle:
-    """Starts the experts of a model whose parameters are out of it, and leads its calls to them."""
-    notes = []
+def start(
+    model: nn.Module,
+    store: Store,
+    taken: list[Taken],
+    device: torch.device,
+    options: Options,
+    below: HostRows | None = None,
+    notes: list[str] | None = None,
+) -> Handle:
+    """Starts the experts of a model whose parameters are out of it, and leads its calls to them.
+
+    `below` has the experts already; default: they come from the store's files.
+    """
+    notes = [] if notes is None else notes
     if options.expert_memory == "auto":
         sum_ = auto_budget(model, device, store.bytes, options.max_model_len)
         memory = sum_.budget
@@ -76,10 +98,10 @@ def start(model: nn.Module, store: Store, taken: list[Taken], device: torch.devi
     slots = min(memory // store.slot_bytes, store.core.experts)
     if slots < 1:
         raise BudgetError(
-            f"expert_memory of {memory:,} bytes holds no expert; the smallest that works is {store.slot_bytes:,} bytes, "
-            f"and {store.min_slots * store.slot_bytes:,} hold the experts of one token"
+            f"expert_memory of {memory:,} bytes holds no expert; the smallest that works is {store.slot_bytes:,} "
+            f"bytes, and {store.min_slots * store.slot_bytes:,} hold the experts of one token"
         )
-    backend = open_backend(store, slots, device, options, notes)
+    backend = open_backend(store, slots, device, options, below, notes)
     try:
         handle = Handle(model, store, backend, taken, notes)
         take_over(model, ops.run, taken)
@@ -90,19 +112,25 @@ def start(model: nn.Module, store: Store, taken: list[Taken], device: torch.devi
         release(model, taken)
         raise
     vars(model)["moecore"] = handle
-    vars(model)["save_pretrained"] = refuse_to_save
+    for part in savers(model):
+        vars(part).update(dict.fromkeys(SAVES, refuse_to_save))
     return handle
 
 
-def open_backend(store: Store, slots: int, device: torch.device, options: Options, notes: list[str]) -> Backend:
+def open_backend(
+    store: Store, slots: int, device: torch.device, options: Options, below: HostRows | None, notes: list[str]
+) -> Backend:
     """What runs experts on this kind of device."""
     if device.type == "cpu":
         return HostBackend(store, slots, options.policy)
-    if device.type == "cuda":
-        from .cuda import CudaBackend
+    from .cuda import CudaBackend, host_rows
 
-        return CudaBackend(store, slots, device, options, notes)
-    raise ConfigError(f"moecore runs experts on the CPU and on CUDA devices, not on {device.type!r}")
+    return CudaBackend(store, slots, device, options, below or host_rows(store, device, options, notes))
+
+
+def savers(model: nn.Module) -> list[nn.Module]:
+    """The model and the models inside it: each can write a checkpoint of its own."""
+    return [model, *pretrained(model)]
 
 
 def refuse_to_save(*_: Any, **__: Any) -> None:
@@ -119,7 +147,9 @@ def release(model: nn.Module, taken: list[Taken]) -> None:
         one.restore()
         ops.detach(one.module)
     vars(model).pop("moecore", None)
-    vars(model).pop("save_pretrained", None)
+    for part in savers(model):
+        for name in SAVES:
+            vars(part).pop(name, None)
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -140,24 +170,26 @@ def unwrap(model: nn.Module) -> nn.Module:
     """
     handle: Handle | None = vars(model).get("moecore")
     if not isinstance(handle, Handle):
-        raise ConfigError("moecore does not run this model; only what moecore.wrap or moecore.load returned can be unwrapped")
+        raise ConfigError(
+            "moecore does not run this model; only what moecore.wrap or moecore.load returned can be unwrapped"
+        )
     if handle.closed:
         raise MoecoreError("the experts of this model were closed and cannot be given back; load the model again")
+    handle.check()
     if any(one.decode is not None for one in handle.taken):
-        raise ConfigError("the experts are stored quantised and run in that form only; load the model with transformers")
+        raise ConfigError(
+            "the experts are stored quantised and run in that form only; load the model with transformers"
+        )
     device = device_of(model)
-    whole = [restored(handle, number, one, device) for number, one in enumerate(handle.taken)]
+    whole = [restored(number, one, handle.backend.row, device) for number, one in enumerate(handle.taken)]
     release(model, handle.taken)
     for one, params in zip(handle.taken, whole, strict=True):
-        for path, param in params.items():
-            owner, name = owner_of(one, path)
-            owner._parameters[name] = param
-        vars(one.module).pop("_moecore_originals", None)
+        put_params(one, params)
     handle.close()
     return model
 
 
-def restored(handle: Handle, layer: int, taken: Taken, device: torch.device) -> dict[str, torch.nn.Parameter]:
+def restored(layer: int, taken: Taken, row: Row, device: torch.device) -> dict[str, torch.nn.Parameter]:
     """The parameters of an experts module, filled from its rows."""
     originals: dict[str, Original] = vars(taken.module).get("_moecore_originals", {})
     whole = {
@@ -165,34 +197,68 @@ def restored(handle: Handle, layer: int, taken: Taken, device: torch.device) -> 
         for param in taken.params
     }
     for expert in range(taken.num_experts):
-        for name, part in handle.backend.row(layer, expert).items():
+        for name, part in row(layer, expert).items():
             whole[name][expert].copy_(part)
     params = {}
     for name, tensor in whole.items():
         original = originals.get(name)
+        if original and original.shape.numel() > tensor.numel():  # rows that no call reads, as of identity experts
+            tensor = torch.cat([tensor, tensor.new_zeros(original.shape[0] - taken.num_experts, *tensor.shape[1:])])
         shaped = tensor.view(original.shape) if original else tensor
-        params[name] = torch.nn.Parameter(shaped, requires_grad=bool(original and original.requires_grad))
+        trains = original.requires_grad if original else tensor.is_floating_point()
+        params[name] = torch.nn.Parameter(shaped, requires_grad=trains)
     return params
 
 
 def wrap_model(model: nn.Module, options: Options, found: list[Taken]) -> Handle:
     """Moves the experts of a loaded model out of it and starts them."""
     device = device_of(model)
+    if device.type == "cuda":
+        return wrap_on_gpu(model, options, found, device)
     store = rows.from_modules(found, free_params, options.spill_dir)
     try:
         return start(model, store, found, device, options)
     except BaseException:
-        give_back(store, found, device)
+        backend = HostBackend(store, store.min_slots, "lru", threads=1)
+        give_back(found, lambda number, expert: backend.row(number, expert), device)
+        backend.close()
+        if store.spill is not None:
+            store.spill.close()
         raise
 
 
-def give_back(store: Store, taken: list[Taken], device: torch.device) -> None:
-    """After a failure: the model gets its experts again, from the file that was just written."""
-    backend = HostBackend(store, store.min_slots, "lru", threads=1)
-    handle = Handle(torch.nn.Module(), store, backend, taken, [])
+def wrap_on_gpu(model: nn.Module, options: Options, found: list[Taken], device: torch.device) -> Handle:
+    """As :func:`wrap_model`: to pinned host rows, and to a file only where these do not hold every expert."""
+    from . import cuda
+
+    notes: list[str] = []
+    store = rows.held(found)
+    below = cuda.host_rows(store, device, options, notes)
+    if below.rows < store.core.experts:
+        del below
+        store = rows.from_modules(found, free_params, options.spill_dir)
+        below = cuda.host_rows(store, device, options, notes := [])
+    else:
+        cuda.put(below, store, found)
+        for one in found:
+            free_params(one)
+    torch.cuda.empty_cache()
+    try:
+        return start(model, store, found, device, options, below, notes)
+    except BaseException:
+        give_back(found, lambda number, expert: cuda.copied_row(below, store.layouts[number], expert), device)
+        raise
+
+
+def give_back(taken: list[Taken], row: Row, device: torch.device) -> None:
+    """After a failure: the model gets its experts again."""
     for number, one in enumerate(taken):
-        for path, param in restored(handle, number, one, device).items():
-            owner, name = owner_of(one, path)
-            owner._parameters[name] = param
-        vars(one.module).pop("_moecore_originals", None)
-    handle.close()
+        put_params(one, restored(number, one, row, device))
+
+
+def put_params(taken: Taken, params: dict[str, torch.nn.Parameter]) -> None:
+    """Puts parameters where :func:`free_params` took them from."""
+    for path, param in params.items():
+        owner, name = owner_of(taken, path)
+        owner._parameters[name] = param
+    vars(taken.module).pop("_moecore_originals", None)

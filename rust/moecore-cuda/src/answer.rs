@@ -1,12 +1,13 @@
 //! The answering thread: reads the ring, asks the scheduler, answers the GPU.
 //!
 //! **No locks, no driver calls, no GIL here.** The GPU may be waiting, and whoever waits for the GPU may hold a lock of
-//! the driver or of Python. Whatever goes wrong ends in an answer: an error or a panic of the scheduler answers with a
+//! the driver or of Python. (The one lock guards the text of an error, and nobody waits while holding it.) Whatever goes wrong ends in an answer: an error or a panic of the scheduler answers with a
 //! failure, and so does the end of the thread.
 
+use std::any::Any;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -40,8 +41,12 @@ pub struct Layer {
 pub struct Shared {
     /// Asks the thread to end.
     stop: AtomicBool,
-    /// The first error of the scheduler, told at the caller's next call.
-    error: OnceLock<String>,
+    /// Whether `reason` says something: all that a healthy call looks at.
+    failed: AtomicBool,
+    /// The first error of the scheduler, told at the caller's next call. Held for a copy of the text only.
+    reason: Mutex<String>,
+    /// The scheduler has panicked: nothing of it can be trusted any more.
+    broken: AtomicBool,
     /// Counters.
     pub stats: Stats,
 }
@@ -49,8 +54,30 @@ pub struct Shared {
 impl Shared {
     /// The first error of the scheduler.
     #[must_use]
-    pub fn error(&self) -> Option<&str> {
-        self.error.get().map(String::as_str)
+    pub fn error(&self) -> Option<String> {
+        self.failed.load(Ordering::Acquire).then(|| self.reason().clone())
+    }
+
+    /// Forgets the error. False: the scheduler has panicked, and there is no way on.
+    pub(crate) fn clear(&self) -> bool {
+        let usable = !self.broken.load(Ordering::Acquire);
+        if usable {
+            self.failed.store(false, Ordering::Release);
+        }
+        usable
+    }
+
+    /// Keeps the first error.
+    fn fail(&self, reason: String) {
+        let mut kept = self.reason();
+        if !self.failed.load(Ordering::Acquire) {
+            *kept = reason;
+            self.failed.store(true, Ordering::Release);
+        }
+    }
+
+    fn reason(&self) -> MutexGuard<'_, String> {
+        self.reason.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -172,29 +199,37 @@ impl Worker {
         self.shared.stats.record();
         let waits = !record.missing.is_empty();
         match catch_unwind(AssertUnwindSafe(|| self.decide(record))) {
-            Ok(Ok(())) if waits => {
-                let fetched = self.raw.iter().take_while(|order| order.source != 0).count() as u64;
-                let installed = self.raw.iter().filter(|order| order.source == 0 && order.expert != NOTHING).count();
-                self.mailbox.answer(seq, &self.raw);
-                let bytes = fetched * self.layers[record.layer as usize].row_bytes;
-                self.shared.stats.answered(arrived.elapsed(), fetched, bytes, installed as u64);
+            Ok(Ok(())) => {
+                if waits {
+                    self.mailbox.answer(seq, &self.raw);
+                    self.count(record, arrived);
+                    // Nobody waits now.
+                    let idle = catch_unwind(AssertUnwindSafe(|| self.decisions.idle()));
+                    idle.unwrap_or_else(|panic| self.broke_down(panic.as_ref()));
+                }
+                return;
             }
-            Ok(Ok(())) => {}
-            Ok(Err(error)) => self.fail(seq, waits, error.to_string()),
-            Err(panic) => {
-                let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
-                let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
-                self.fail(seq, waits, format!("the scheduler broke down: {text}"));
-            }
+            Ok(Err(error)) => self.shared.fail(error.to_string()),
+            Err(panic) => self.broke_down(panic.as_ref()),
         }
-    }
-
-    fn fail(&self, seq: u32, waits: bool, reason: String) {
-        // Only the first counts.
-        let _ = self.shared.error.set(reason);
         if waits {
             self.mailbox.fail(seq, STATUS_ERROR);
         }
+    }
+
+    fn count(&self, record: &Record, arrived: Instant) {
+        let fetched = self.raw.iter().take_while(|order| order.source != 0).count() as u64;
+        let installed = self.raw.iter().filter(|order| order.source == 0 && order.expert != NOTHING).count() as u64;
+        let bytes = fetched * self.layers[record.layer as usize].row_bytes;
+        self.shared.stats.answered(arrived.elapsed(), fetched, bytes, installed);
+    }
+
+    /// Keeps what a panic of the scheduler said.
+    fn broke_down(&self, panic: &(dyn Any + Send)) {
+        let text = panic.downcast_ref::<&str>().map(|text| (*text).to_owned());
+        let text = text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_default();
+        self.shared.broken.store(true, Ordering::Release);
+        self.shared.fail(format!("the scheduler broke down: {text}"));
     }
 
     /// Fills `raw` with the scheduler's orders, those that copy first.

@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use moecore::{Error, ErrorKind, Result};
 
 use crate::driver::{Api, Handle, api};
+use crate::fork;
 use crate::kernels::Kernels;
 
 /// `CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR` and `_MINOR`.
@@ -19,7 +20,6 @@ pub struct Context {
     handle: Handle,
     ordinal: u32,
     capability: (u32, u32),
-    process: u32,
     kernels: OnceLock<Kernels>,
     loading: Mutex<()>,
 }
@@ -35,10 +35,11 @@ static CONTEXTS: Mutex<Vec<Arc<Context>>> = Mutex::new(Vec::new());
 impl Context {
     /// The primary context of GPU `ordinal`.
     pub fn of(ordinal: u32) -> Result<Arc<Self>> {
+        fork::check()?;
+        fork::watch();
         let api = api()?;
         let mut contexts = CONTEXTS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(context) = contexts.iter().find(|context| context.ordinal == ordinal) {
-            context.same_process()?;
             return Ok(Arc::clone(context));
         }
         let number = c_int::try_from(ordinal).map_err(|_| Error::new(ErrorKind::Device, "no such GPU"))?;
@@ -57,7 +58,6 @@ impl Context {
             handle,
             ordinal,
             capability: (capability[0].unsigned_abs(), capability[1].unsigned_abs()),
-            process: std::process::id(),
             kernels: OnceLock::new(),
             loading: Mutex::new(()),
         });
@@ -97,7 +97,7 @@ impl Context {
 
     /// Makes this the thread's context until the guard goes.
     pub(crate) fn enter(&self) -> Result<Entered<'_>> {
-        self.same_process()?;
+        fork::check()?;
         let mut current = std::ptr::null_mut();
         // SAFETY: address of a local.
         unsafe { self.api.check((self.api.context_current)(&raw mut current), "asking for the current context")? };
@@ -114,16 +114,6 @@ impl Context {
         let _entered = self.enter()?;
         // SAFETY: no arguments.
         unsafe { self.api.check((self.api.context_synchronize)(), "waiting for the GPU") }
-    }
-
-    /// A forked child cannot use its parent's context.
-    fn same_process(&self) -> Result<()> {
-        if std::process::id() == self.process {
-            return Ok(());
-        }
-        let message = "this process was forked after CUDA had started, and CUDA does not survive a fork; start it with \
-                       multiprocessing's `spawn` method";
-        Err(Error::new(ErrorKind::Device, message))
     }
 }
 

@@ -49,6 +49,7 @@ api! {
     copy_to_device = "cuMemcpyHtoD_v2"(u64, *const c_void, usize);
     copy_to_device_async = "cuMemcpyHtoDAsync_v2"(u64, *const c_void, usize, Handle);
     copy_on_device_async = "cuMemcpyDtoDAsync_v2"(u64, u64, usize, Handle);
+    fill_words = "cuMemsetD32_v2"(u64, c_uint, usize);
     module_load = "cuModuleLoadData"(*mut Handle, *const c_void);
     module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
     launch = "cuLaunchKernel"(

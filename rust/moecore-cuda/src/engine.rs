@@ -10,6 +10,7 @@
 #![expect(unsafe_code, reason = "launches with addresses from outside")]
 
 use std::ffi::c_int;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -27,6 +28,10 @@ use crate::mailbox::Mailbox;
 use crate::pinned::PinnedBlock;
 use crate::stats::Snapshot;
 use crate::stream::{Event, Stream};
+use crate::sync::Words;
+
+/// Rows end below this.
+const LARGEST_ROW: u64 = 1 << 32;
 
 /// How long the GPU waits for an answer before it goes on with an error.
 pub const PATIENCE: Duration = Duration::from_secs(30);
@@ -93,7 +98,7 @@ pub struct CudaEngine {
     order: Mutex<Order>,
     answering: Mutex<Answering>,
     told: Arc<crate::answer::Shared>,
-    closed: std::sync::atomic::AtomicBool,
+    closed: AtomicBool,
 }
 
 #[derive(Debug)]
@@ -114,10 +119,11 @@ impl CudaEngine {
         let block = PinnedBlock::new(&context, MAILBOX_BYTES)?;
         let base = block.base();
         // SAFETY: pinned memory is page-aligned, zeroed and that long; the block owns it.
-        let mailbox = Arc::new(unsafe { Mailbox::new(base, Box::new(block)) });
+        let words = unsafe { Words::new(base, MAILBOX_BYTES / 8, Box::new(block)) };
+        let mailbox = Arc::new(Mailbox::new(words));
         mailbox.set_timeout(u64::try_from(PATIENCE.as_nanos()).unwrap_or(u64::MAX));
         // SAFETY: the caller's promise.
-        unsafe { write_state(&context, setup.state, 1)? };
+        unsafe { write_state(&context, setup.state, &[1])? };
         let order = Mutex::new(Order { last: None, left: Event::new(&context)? });
         let answering = Answering::start(Arc::clone(&mailbox), setup.layers.clone(), setup.slots, decisions)?;
         let told = Arc::clone(answering.shared());
@@ -129,6 +135,12 @@ impl CudaEngine {
     #[must_use]
     pub fn context(&self) -> &Arc<Context> {
         &self.context
+    }
+
+    /// Address of the mailbox.
+    #[must_use]
+    pub fn mailbox(&self) -> u64 {
+        self.mailbox.address()
     }
 
     /// Memory and shapes.
@@ -221,7 +233,7 @@ impl CudaEngine {
     /// Slots hold what the table will say by the time `stream` gets there.
     pub unsafe fn update_table(&self, entries: &[(u32, Option<u32>)], stream: Stream) -> Result<()> {
         self.check()?;
-        let experts = self.setup.layers.iter().map(|layer| layer.first + layer.experts).max().unwrap_or(0);
+        let experts = self.experts();
         let wrong = |&&(expert, slot): &&(u32, Option<u32>)| expert >= experts || slot >= Some(self.setup.slots);
         if let Some((expert, slot)) = entries.iter().find(wrong) {
             let message = format!("no place in the table for expert {expert} in slot {slot:?}");
@@ -270,20 +282,25 @@ impl CudaEngine {
 
     /// Fails if a call before has failed, or the engine is closed.
     pub fn check(&self) -> Result<()> {
-        if self.closed.load(std::sync::atomic::Ordering::Acquire) {
-            return Err(Error::new(ErrorKind::Device, "the expert engine is closed"));
-        }
+        self.open()?;
         match self.error() {
             Some(message) => Err(Error::new(ErrorKind::Device, message)),
             None => Ok(()),
         }
     }
 
+    fn open(&self) -> Result<()> {
+        if self.closed.load(Ordering::Acquire) {
+            return Err(Error::new(ErrorKind::Device, "the expert engine is closed"));
+        }
+        Ok(())
+    }
+
     /// What has failed, if anything has: results since then are not to be used.
     #[must_use]
     pub fn error(&self) -> Option<String> {
         if let Some(reason) = self.told.error() {
-            return Some(reason.to_owned());
+            return Some(reason);
         }
         let (status, seq) = self.mailbox.failure()?;
         let what = match status {
@@ -306,16 +323,40 @@ impl CudaEngine {
         self.told.stats.snapshot()
     }
 
-    /// The last call whose orders the GPU has carried out.
-    #[must_use]
-    pub fn applied(&self) -> u64 {
-        self.mailbox.applied()
+    /// Goes on after an error, say of a disk: waits for the GPU, then the engine forgets the error and the table, so that
+    /// each expert is brought anew when it is next asked for. The results since the error stay useless. Fails if the
+    /// scheduler has panicked.
+    pub fn clear_error(&self) -> Result<()> {
+        self.open()?;
+        let _order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        self.context.synchronize()?;
+        let experts = self.experts() as usize;
+        let _entered = self.context.enter()?;
+        let api = self.context.api();
+        // The scheduler may have given slots away whose rows never came. A call of its that fails from here on, one that
+        // the GPU has not waited for, shows at the next call like any other.
+        // SAFETY: the table and the state are the engine's, and no kernel runs.
+        unsafe {
+            api.check((api.fill_words)(self.setup.table, NOTHING, experts), "clearing the table")?;
+            write_state(&self.context, self.setup.state + 4, &[])?;
+        }
+        self.context.synchronize()?;
+        if !self.told.clear() {
+            return self.check();
+        }
+        self.mailbox.clear_failure();
+        Ok(())
+    }
+
+    /// Experts of all layers.
+    fn experts(&self) -> u32 {
+        self.setup.layers.last().map_or(0, |layer| layer.first + layer.experts)
     }
 
     /// Ends the engine: calls that wait are answered with a failure, then the GPU's work is waited for. A second call
     /// does nothing.
     pub fn close(&self) -> Result<()> {
-        if self.closed.swap(true, std::sync::atomic::Ordering::AcqRel) {
+        if self.closed.swap(true, Ordering::AcqRel) {
             return Ok(());
         }
         let decisions = self.answering.lock().unwrap_or_else(PoisonError::into_inner).stop();
@@ -338,8 +379,8 @@ fn check(setup: &Setup) -> Result<()> {
     let mut first = 0;
     for (number, layer) in setup.layers.iter().enumerate() {
         let row_fits = layer.row_bytes.is_multiple_of(16) && layer.row_bytes <= setup.slot_bytes;
-        // The copy counts 16-byte units of a batch of rows in 32 bits.
-        let countable = layer.row_bytes / 16 * 128 < u64::from(u32::MAX);
+        // Tiles of a whole answer are counted in 32 bits.
+        let countable = layer.row_bytes < LARGEST_ROW;
         if layer.first != first || layer.experts > MAX_EXPERTS || !row_fits || !countable {
             let message = format!("layer {number} has a shape that the kernels do not take: {layer:?}");
             return Err(Error::new(ErrorKind::Device, message));
@@ -352,16 +393,18 @@ fn check(setup: &Setup) -> Result<()> {
     Ok(())
 }
 
-/// Fresh state: the next call is `seq`, nothing has failed.
+/// Fresh state from `at` on: `words`, then zeros to its end.
 ///
 /// # Safety
-/// `at` is the state's memory, and no kernel uses it.
-unsafe fn write_state(context: &Context, at: u64, seq: u32) -> Result<()> {
+/// `at` is a word of the state's memory, as many words after its start as `words` leave out, and no kernel uses it.
+unsafe fn write_state(context: &Context, at: u64, words: &[u32]) -> Result<()> {
     let _entered = context.enter()?;
     let mut state = [0_u32; STATE_BYTES / 4];
-    state[0] = seq;
+    state[..words.len()].copy_from_slice(words);
     let api = context.api();
+    // Without words, the first one is left as it is.
+    let bytes = if words.is_empty() { STATE_BYTES - 4 } else { STATE_BYTES };
     // SAFETY: the caller's promise; the copy is over when the call returns.
-    let status = unsafe { (api.copy_to_device)(at, state.as_ptr().cast(), STATE_BYTES) };
+    let status = unsafe { (api.copy_to_device)(at, state.as_ptr().cast(), bytes) };
     api.check(status, "writing the engine's state")
 }

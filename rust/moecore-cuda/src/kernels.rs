@@ -12,7 +12,7 @@ use crate::driver::Handle;
 use crate::image;
 use crate::layout::{AcquireArgs, ExpertArgs, TABLE_BATCH, TableArgs};
 use crate::stream::{OwnStream, Stream};
-use crate::tuning::{ACQUIRE_BLOCKS, ACQUIRE_THREADS, EXPERT_WARPS, TRANSPOSED_WARPS};
+use crate::tuning::{ACQUIRE_BLOCKS, ACQUIRE_THREADS, DOWN_OUTPUTS, DOWN_SHARES, EXPERT_WARPS, TRANSPOSED_WARPS};
 
 /// Number format of weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -150,7 +150,8 @@ impl Kernels {
         let rows = if product == Product::Down { args.tokens } else { args.tokens * args.k };
         let (columns, warps) = match product {
             Product::LinearTransposed => (32 * 16 / format.bytes(), TRANSPOSED_WARPS),
-            _ => (EXPERT_WARPS, EXPERT_WARPS),
+            Product::Down => (EXPERT_WARPS / DOWN_SHARES * DOWN_OUTPUTS, EXPERT_WARPS),
+            Product::Up | Product::Linear => (EXPERT_WARPS, EXPERT_WARPS),
         };
         let parts = args.outputs.div_ceil(columns);
         if rows == 0 || parts == 0 {

@@ -1,9 +1,14 @@
-//! The bytes that the kernels and this crate share: `cuda/mailbox.cuh` and `cuda/experts.cu`, seen from this side.
+//! The bytes that the kernels and this crate share: `cuda/mailbox.cuh` and `cuda/experts.cu`, as seen from this side.
+
+/// One of two numbers: loom's models are small.
+const fn sized(usual: usize, in_models: usize) -> usize {
+    if cfg!(moecore_loom) { in_models } else { usual }
+}
 
 /// Records that the ring holds before the oldest is overwritten.
-pub const RING_RECORDS: u32 = 4096;
+pub const RING_RECORDS: usize = sized(4096, 2);
 /// 8-byte cells of a record.
-pub const RECORD_CELLS: usize = 80;
+pub const RECORD_CELLS: usize = sized(80, 6);
 /// Cells before the bitmaps.
 pub const RECORD_HEADER: usize = 4;
 /// Pairs of a token and an expert that one call may have.
@@ -11,7 +16,13 @@ pub const MAX_PAIRS: u32 = 1024;
 /// Experts that a layer may have.
 pub const MAX_EXPERTS: u32 = 1024;
 /// Orders of one answer.
-pub const MAX_ORDERS: usize = 2048;
+pub const MAX_ORDERS: usize = sized(2048, 2);
+/// 8-byte cells of an answer.
+pub const ANSWER_CELLS: usize = sized(64, 6);
+/// Cells of an order that lies in the answer itself.
+pub const ORDER_CELLS: usize = 5;
+/// Orders that the answer itself holds; if there are more, all are in the list.
+pub const INLINE_ORDERS: usize = sized(12, 1);
 /// Changes of the table in one launch.
 pub const TABLE_BATCH: usize = 384;
 /// No expert, no slot.
@@ -26,20 +37,18 @@ pub const CELL_COUNTS: usize = 2;
 /// Header cell: experts of the layer.
 pub const CELL_EXPERTS: usize = 3;
 
-/// Offset of the answer word.
+/// Offset of the answer's cells.
 pub const ANSWER: usize = 0;
 /// Offset of the watchdog's patience in nanoseconds.
-pub const TIMEOUT: usize = 128;
+pub const TIMEOUT: usize = ANSWER_CELLS * 8;
 /// Offset of the first failure's status (u32) and its call (u32).
-pub const ERROR: usize = 256;
-/// Offset of the last call whose orders are done.
-pub const APPLIED: usize = 384;
+pub const ERROR: usize = TIMEOUT + 128;
 /// Offset of the orders.
-pub const ORDERS: usize = 512;
+pub const ORDERS: usize = ERROR + 128;
 /// Offset of the ring.
 pub const RING: usize = ORDERS + MAX_ORDERS * size_of::<RawOrder>();
 /// Length of the mailbox.
-pub const MAILBOX_BYTES: usize = RING + RING_RECORDS as usize * RECORD_CELLS * 8;
+pub const MAILBOX_BYTES: usize = RING + RING_RECORDS * RECORD_CELLS * 8;
 /// Length of the state in device memory.
 pub const STATE_BYTES: usize = 64;
 
@@ -68,6 +77,22 @@ pub struct RawOrder {
     pub evicted: u32,
     /// Zero.
     pub reserved: [u32; 3],
+}
+
+impl RawOrder {
+    /// The order as it lies in the list.
+    #[must_use]
+    pub fn words(&self) -> [u64; 4] {
+        let pair = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        [self.source, pair(self.slot, self.expert), u64::from(self.evicted), 0]
+    }
+
+    /// What its cells in an answer hold.
+    #[must_use]
+    pub fn contents(&self) -> [u32; ORDER_CELLS] {
+        let (high, low) = halves(self.source);
+        [low, high, self.slot, self.expert, self.evicted]
+    }
 }
 
 /// `AcquireArgs` of the kernels.
@@ -123,16 +148,30 @@ pub(crate) struct ExpertArgs {
 
 // The kernels assert the same numbers.
 const _: () = assert!(size_of::<RawOrder>() == 32);
-const _: () = assert!(MAILBOX_BYTES == 512 + 2048 * 32 + 4096 * 80 * 8);
+const _: () = assert!(cfg!(moecore_loom) || MAILBOX_BYTES == 768 + 2048 * 32 + 4096 * 80 * 8);
+const _: () = assert!(INLINE_ORDERS * ORDER_CELLS < ANSWER_CELLS);
 const _: () = assert!(size_of::<AcquireArgs>() == 96);
 const _: () = assert!(size_of::<TableArgs>() == 16 + TABLE_BATCH * 8);
 const _: () = assert!(size_of::<ExpertArgs>() == 88);
 
-/// The answer word: everything about an answer that fits one load.
+/// A cell: what it says, beside the call that it is for.
+#[must_use]
+pub fn cell_word(seq: u32, content: u32) -> u64 {
+    u64::from(seq) << 32 | u64::from(content)
+}
+
+/// The upper and the lower half of a word: a cell's call, and what it says.
+#[must_use]
+#[expect(clippy::cast_possible_truncation, reason = "halves")]
+pub const fn halves(word: u64) -> (u32, u32) {
+    ((word >> 32) as u32, word as u32)
+}
+
+/// The first cell of an answer.
 #[must_use]
 pub fn answer_word(seq: u32, status: u32, copies: usize, orders: usize) -> u64 {
     debug_assert!(copies <= orders && orders <= MAX_ORDERS && status < 256);
-    u64::from(seq) << 32 | u64::from(status) << 24 | (copies as u64) << 12 | orders as u64
+    cell_word(seq, status << 24) | (copies as u64) << 12 | orders as u64
 }
 
 /// The sequence number after `seq`: 0 is left out, because fresh memory reads as 0.

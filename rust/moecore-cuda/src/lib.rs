@@ -25,6 +25,7 @@ pub mod context;
 pub mod copy;
 pub mod driver;
 pub mod engine;
+mod fork;
 pub mod image;
 pub mod kernels;
 pub mod layout;
@@ -33,7 +34,11 @@ pub mod pinned;
 pub mod prefetch;
 pub mod stats;
 pub mod stream;
+pub mod sync;
 pub mod tuning;
+
+#[cfg(test)]
+mod tests;
 
 pub use driver::is_available;
 pub use engine::{CudaEngine, Products, Setup};

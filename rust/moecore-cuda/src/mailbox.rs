@@ -1,35 +1,21 @@
 //! The mailbox: the ring of records that the GPU writes, and the answer that it waits for. Plain memory: the tests play
 //! the GPU with a thread.
 //!
-//! Each cell of a record carries the call's number, so a record is there when all its cells are, in whatever order they
-//! arrive. The answer is one word that is stored last, with release order, so that the orders before it are there.
-#![expect(unsafe_code, reason = "memory shared with the GPU")]
-
-use std::any::Any;
-use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+//! Both ways go through cells that carry the call's number, so a record or an answer is there when all its cells are, in
+//! whatever order they arrive. Only the list of a long answer has none: the answer's first cell is stored after it, with
+//! release order.
 
 use crate::layout::{
-    ANSWER, APPLIED, CELL_COUNTS, CELL_EXPERTS, CELL_LAYER, CELL_PAIRS, ERROR, MAILBOX_BYTES, MAX_EXPERTS, MAX_ORDERS,
-    ORDERS, RECORD_CELLS, RECORD_HEADER, RING, RING_RECORDS, RawOrder, STATUS_CLOSED, STATUS_OK, TIMEOUT, answer_word,
+    ANSWER, CELL_COUNTS, CELL_EXPERTS, CELL_LAYER, CELL_PAIRS, ERROR, INLINE_ORDERS, MAX_EXPERTS, MAX_ORDERS,
+    ORDER_CELLS, ORDERS, RECORD_CELLS, RECORD_HEADER, RING, RING_RECORDS, RawOrder, STATUS_CLOSED, STATUS_OK, TIMEOUT,
+    answer_word, cell_word, halves,
 };
+use crate::sync::{AtomicU64, Ordering, Words};
 
 /// Memory that two sides use as a mailbox.
+#[derive(Debug)]
 pub struct Mailbox {
-    base: NonNull<u8>,
-    _owner: Box<dyn Any + Send + Sync>,
-}
-
-// SAFETY: all access goes through atomics, but for the orders, which only the answering side writes while the other
-// side does not read them (it reads between an answer and its next record).
-unsafe impl Send for Mailbox {}
-// SAFETY: as above.
-unsafe impl Sync for Mailbox {}
-
-impl std::fmt::Debug for Mailbox {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Mailbox").field("base", &self.base).finish_non_exhaustive()
-    }
+    words: Words,
 }
 
 /// A call, as its record tells it.
@@ -61,42 +47,34 @@ pub enum Look {
 }
 
 impl Mailbox {
-    /// The mailbox in [`MAILBOX_BYTES`] of zeros.
-    ///
-    /// # Safety
-    /// `base` is aligned to 128 bytes, and the memory lives as long as `owner`.
-    pub unsafe fn new(base: NonNull<u8>, owner: Box<dyn Any + Send + Sync>) -> Self {
-        debug_assert!((base.as_ptr() as usize).is_multiple_of(128));
-        Self { base, _owner: owner }
+    /// The mailbox in [`MAILBOX_BYTES`](crate::layout::MAILBOX_BYTES) of zeros.
+    #[must_use]
+    pub fn new(words: Words) -> Self {
+        Self { words }
     }
 
     /// Address, for the host and for the GPU.
     #[must_use]
     pub fn address(&self) -> u64 {
-        self.base.as_ptr() as u64
+        self.words.address()
     }
 
-    fn word(&self, offset: usize) -> &AtomicU64 {
-        debug_assert!(offset.is_multiple_of(8) && offset < MAILBOX_BYTES);
-        // SAFETY: inside the mailbox, aligned, and only used as an atomic.
-        unsafe { AtomicU64::from_ptr(self.base.as_ptr().add(offset).cast()) }
+    /// The word at a byte offset.
+    pub(crate) fn word(&self, offset: usize) -> &AtomicU64 {
+        debug_assert!(offset.is_multiple_of(8));
+        self.words.at(offset / 8)
     }
 
-    fn half(&self, offset: usize) -> &AtomicU32 {
-        debug_assert!(offset.is_multiple_of(4) && offset < MAILBOX_BYTES);
-        // SAFETY: inside the mailbox, aligned, and only used as an atomic.
-        unsafe { AtomicU32::from_ptr(self.base.as_ptr().add(offset).cast()) }
-    }
-
-    fn cell(&self, seq: u32, cell: usize) -> &AtomicU64 {
-        self.word(RING + ((seq % RING_RECORDS) as usize * RECORD_CELLS + cell) * 8)
+    /// A cell of a call's record.
+    pub(crate) fn cell(&self, seq: u32, cell: usize) -> &AtomicU64 {
+        self.word(RING + (seq as usize % RING_RECORDS * RECORD_CELLS + cell) * 8)
     }
 
     /// Looks for call `seq` and reads it into `record`.
     pub fn look(&self, seq: u32, record: &mut Record) -> Look {
         let read = |cell: usize| {
             let word = self.cell(seq, cell).load(Ordering::Acquire);
-            let (tag, content) = ((word >> 32) as u32, (word & u64::from(u32::MAX)) as u32);
+            let (tag, content) = halves(word);
             if tag == seq {
                 Ok(content)
             } else if tag != 0 && tag.wrapping_sub(seq) < 1 << 31 {
@@ -128,14 +106,22 @@ impl Mailbox {
     }
 
     /// Answers call `seq` with `orders`, those that copy first. The GPU goes on from here.
+    ///
+    /// # Panics
+    /// If there are more than [`MAX_ORDERS`].
     pub fn answer(&self, seq: u32, orders: &[RawOrder]) {
         assert!(orders.len() <= MAX_ORDERS, "more orders than an answer holds");
         let copies = orders.iter().take_while(|order| order.source != 0).count();
         debug_assert!(orders[copies..].iter().all(|order| order.source == 0));
-        // SAFETY: the orders' place, long enough; the GPU does not read it before the word below says so.
-        unsafe {
-            let place = self.base.as_ptr().add(ORDERS).cast::<RawOrder>();
-            std::ptr::copy_nonoverlapping(orders.as_ptr(), place, orders.len());
+        if orders.len() <= INLINE_ORDERS {
+            let contents = orders.iter().flat_map(RawOrder::contents);
+            for (cell, content) in (1..=INLINE_ORDERS * ORDER_CELLS).zip(contents) {
+                self.word(ANSWER + cell * 8).store(cell_word(seq, content), Ordering::Relaxed);
+            }
+        } else {
+            for (at, word) in orders.iter().flat_map(RawOrder::words).enumerate() {
+                self.word(ORDERS + at * 8).store(word, Ordering::Relaxed);
+            }
         }
         self.word(ANSWER).store(answer_word(seq, STATUS_OK, copies, orders.len()), Ordering::Release);
     }
@@ -158,20 +144,13 @@ impl Mailbox {
     /// Status of the first failure that the GPU has met, and its call.
     #[must_use]
     pub fn failure(&self) -> Option<(u32, u32)> {
-        match self.half(ERROR).load(Ordering::Acquire) {
-            STATUS_OK => None,
-            status => Some((status, self.half(ERROR + 4).load(Ordering::Relaxed))),
-        }
+        // The GPU writes the call's half first.
+        let (seq, status) = halves(self.word(ERROR).load(Ordering::Acquire));
+        (status != STATUS_OK).then_some((status, seq))
     }
 
     /// Forgets the failure. The GPU's own mark of it is in its state.
     pub fn clear_failure(&self) {
-        self.half(ERROR).store(STATUS_OK, Ordering::Release);
-    }
-
-    /// The last call whose orders the GPU has carried out.
-    #[must_use]
-    pub fn applied(&self) -> u64 {
-        self.word(APPLIED).load(Ordering::Acquire)
+        self.word(ERROR).store(0, Ordering::Release);
     }
 }

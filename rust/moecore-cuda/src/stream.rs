@@ -25,6 +25,7 @@ unsafe impl Sync for Stream {}
 impl Stream {
     /// The stream whose handle torch calls `cuda_stream`.
     #[must_use]
+    #[expect(clippy::cast_possible_truncation, reason = "a handle is a pointer")]
     pub fn from_raw(handle: u64) -> Self {
         Self(handle as usize as Handle)
     }

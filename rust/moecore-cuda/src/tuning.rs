@@ -6,6 +6,10 @@ pub const ACQUIRE_BLOCKS: u32 = 8;
 pub const ACQUIRE_THREADS: u32 = 512;
 /// Warps of a block of the expert kernels.
 pub const EXPERT_WARPS: u32 = 4;
+/// Warps of `expert_down` that share an output.
+pub const DOWN_SHARES: u32 = 4;
+/// Outputs that they make together.
+pub const DOWN_OUTPUTS: u32 = 1;
 /// Warps of a block of the transposed product.
 pub const TRANSPOSED_WARPS: u32 = 8;
 
@@ -18,6 +22,8 @@ mod tests {
             ("ACQUIRE_BLOCKS", super::ACQUIRE_BLOCKS),
             ("ACQUIRE_THREADS", super::ACQUIRE_THREADS),
             ("EXPERT_WARPS", super::EXPERT_WARPS),
+            ("DOWN_SHARES", super::DOWN_SHARES),
+            ("DOWN_OUTPUTS", super::DOWN_OUTPUTS),
             ("TRANSPOSED_WARPS", super::TRANSPOSED_WARPS),
         ] {
             let there = text.lines().find_map(|line| line.strip_prefix(&format!("#define {name} ")));

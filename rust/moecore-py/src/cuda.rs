@@ -79,6 +79,13 @@ impl CudaEngine {
     }
 }
 
+impl CudaEngine {
+    /// Address of the mailbox.
+    pub fn mailbox(&self) -> u64 {
+        self.engine.mailbox()
+    }
+}
+
 /// Layers whose dense ids follow each other.
 pub fn layers(experts: &[u32], row_bytes: &[u64]) -> Vec<Layer> {
     let mut first = 0;
@@ -291,6 +298,11 @@ impl CudaEngine {
         self.engine.check().map_err(|error| to_python(py, &error))
     }
 
+    /// Goes on after an error: waits for the GPU, forgets the error and which experts are resident.
+    fn clear_error(&self, py: Python<'_>) -> PyResult<()> {
+        py.detach(|| self.engine.clear_error()).map_err(|error| to_python(py, &error))
+    }
+
     /// Changes how long the GPU waits for an answer, in seconds.
     fn set_patience(&self, seconds: f64) -> PyResult<()> {
         let patience = Duration::try_from_secs_f64(seconds)
@@ -310,7 +322,6 @@ impl CudaEngine {
         dict.set_item("fetched_bytes", stats.fetched_bytes)?;
         dict.set_item("installed", stats.installed)?;
         dict.set_item("latency_ns_log2", stats.latency)?;
-        dict.set_item("applied", self.engine.applied())?;
         Ok(dict)
     }
 

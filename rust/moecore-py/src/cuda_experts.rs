@@ -71,9 +71,32 @@ impl HostRows {
         py.detach(put).map_err(|error| to_python(py, &error))
     }
 
+    /// Copies an expert's row to memory: `bytes` bytes at `address`.
+    fn copy(&self, py: Python<'_>, layer: u32, expert: u32, address: usize, bytes: usize) -> PyResult<()> {
+        let copy = || {
+            let row_bytes = self.memory.row_bytes();
+            let id = self.store.id(layer, expert).filter(|_| bytes <= row_bytes);
+            let id = id.ok_or_else(|| Error::new(ErrorKind::InvalidConfig, "no such expert, or not its row"))?;
+            let rows = self.scheduler.hold(layer, &[id])?;
+            // SAFETY: Python promises that the target is that long; the row is longer and held.
+            #[expect(unsafe_code, reason = "memory comes as an address")]
+            unsafe {
+                std::ptr::copy_nonoverlapping(self.memory.row(rows.slots()[0]).as_ptr(), address as *mut u8, bytes);
+            }
+            Ok(())
+        };
+        py.detach(copy).map_err(|error: Error| to_python(py, &error))
+    }
+
     /// Waits until the memory is pinned, or as much of it as the host gives: rows.
     fn settle(&self, py: Python<'_>) -> u32 {
         py.detach(|| self.memory.settle())
+    }
+
+    /// How many rows there are.
+    #[getter]
+    fn rows(&self) -> u32 {
+        self.memory.rows()
     }
 
     /// Counters of the tier below the device.

@@ -33,7 +33,9 @@ fn pin(word: &AtomicU64) -> u64 {
 fn lookup(c: &mut Criterion) {
     let experts = LAYERS * EXPERTS;
     let (table, mut writer) = SlotTable::new(experts);
-    (0..experts).for_each(|e| writer.publish(e, e));
+    for e in 0..experts {
+        writer.publish(e, e);
+    }
     let words: Vec<AtomicU64> = (0..experts).map(|e| AtomicU64::new(u64::from(e) << 16)).collect();
     let map = Mutex::new((0..experts).map(|e| (e, e)).collect::<HashMap<_, _>>());
 
@@ -44,7 +46,9 @@ fn lookup(c: &mut Criterion) {
             b.iter(|| {
                 for layer in token() {
                     let lease = table.begin().expect("a lane");
-                    call(layer).for_each(|e| drop(black_box(lease.slot_of(e))));
+                    for e in call(layer) {
+                        black_box(lease.slot_of(e));
+                    }
                 }
             });
         });
@@ -52,22 +56,30 @@ fn lookup(c: &mut Criterion) {
             b.iter(|| {
                 let lease = table.begin().expect("a lane");
                 for layer in token() {
-                    call(layer).for_each(|e| drop(black_box(lease.slot_of(e))));
+                    for e in call(layer) {
+                        black_box(lease.slot_of(e));
+                    }
                 }
             });
         });
         group.bench_function(BenchmarkId::new("pin_an_expert", name), |b| {
             b.iter(|| {
                 for layer in token() {
-                    call(layer).for_each(|e| drop(black_box(pin(&words[e as usize]))));
-                    call(layer).for_each(|e| drop(words[e as usize].fetch_sub(1, Ordering::Release)));
+                    for e in call(layer) {
+                        black_box(pin(&words[e as usize]));
+                    }
+                    for e in call(layer) {
+                        words[e as usize].fetch_sub(1, Ordering::Release);
+                    }
                 }
             });
         });
         group.bench_function(BenchmarkId::new("mutex_hash_map", name), |b| {
             b.iter(|| {
                 for layer in token() {
-                    call(layer).for_each(|e| drop(black_box(map.lock().expect("no poison").get(&e).copied())));
+                    for e in call(layer) {
+                        black_box(map.lock().expect("no poison").get(&e).copied());
+                    }
                 }
             });
         });

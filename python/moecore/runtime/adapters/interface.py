@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from .base import Param, direct_params, zero_out_of_range
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from .base import Run, Taken
 
@@ -25,35 +24,35 @@ class Interface:
     served_by_interface = True
     rounds_weights = False
 
-    def owns(self, module: nn.Module) -> bool:
+    def owns(self, module: Any) -> bool:
         return all(hasattr(module, mark) for mark in MARKS)
 
-    def num_experts(self, module: nn.Module) -> int:
-        return int(module.num_experts)  # type: ignore[arg-type]  # a plain integer on every experts class
+    def num_experts(self, module: Any) -> int:
+        return int(module.num_experts)
 
-    def params(self, module: nn.Module) -> tuple[Param, ...]:
+    def params(self, module: Any) -> tuple[Param, ...]:
         return direct_params(module, self.num_experts(module))
 
-    def can_group(self, module: nn.Module) -> bool:
+    def can_group(self, module: Any) -> bool:
         return True
 
-    def expert(self, module: nn.Module, weights: dict[str, Tensor], x: Tensor) -> Tensor:
+    def expert(self, module: Any, weights: dict[str, Tensor], x: Tensor) -> Tensor:
         up = "gate_up_proj" if module.has_gate else "up_proj"
         hidden = self.linear(module, weights, up, x)
-        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)  # type: ignore[operator]
+        hidden = module._apply_gate(hidden) if module.has_gate else module.act_fn(hidden)
         out = self.linear(module, weights, "down_proj", hidden)
         if getattr(module, "has_post_expert_norm", False):
-            out = module.post_expert_norm(out)  # type: ignore[operator]
+            out = module.post_expert_norm(out)
         return out
 
-    def linear(self, module: nn.Module, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    def linear(self, module: Any, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
         """One projection, rounded as transformers' grouped path rounds it: product first, then the bias."""
         weight = weights[name]
         x = x.to(weight.dtype)
         out = torch.matmul(x, weight) if module.is_transposed else functional.linear(x, weight)
         return out.add_(weights[f"{name}_bias"]) if module.has_bias else out
 
-    def without_weights(self, module: nn.Module, hidden: Tensor, index: Tensor, out: Tensor) -> None:
+    def without_weights(self, module: Any, hidden: Tensor, index: Tensor, out: Tensor) -> None:
         zero_out_of_range(self.num_experts(module), index, out)
 
     def install(self, model: nn.Module, taken: Taken, run: Run) -> None:
@@ -65,14 +64,15 @@ class FP8(Interface):
 
     rounds_weights = True
 
-    def owns(self, module: nn.Module) -> bool:
+    def owns(self, module: Any) -> bool:
         return (
             super().owns(module) and hasattr(module, "activation_scheme") and callable(getattr(module, "linear", None))
         )
 
-    def can_group(self, module: nn.Module) -> bool:
+    def can_group(self, module: Any) -> bool:
         return False
 
-    def linear(self, module: nn.Module, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    def linear(self, module: Any, weights: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
         scale = weights.get(f"{name}_activation_scale")
-        return module.linear(x, weights[name], weights[f"{name}_scale_inv"], activation_scale=scale)  # type: ignore[operator, no-any-return]
+        out: Tensor = module.linear(x, weights[name], weights[f"{name}_scale_inv"], activation_scale=scale)
+        return out

@@ -1,6 +1,7 @@
 //! Victims chosen ahead of need, so that a miss does not wait for a look at every slot.
 
 use std::cmp::Ordering;
+use std::collections::BinaryHeap;
 
 use super::book::Slot;
 use super::policy::Use;
@@ -14,12 +15,26 @@ struct Candidate {
     last: u64,
 }
 
-impl Candidate {
-    /// Best victim first; of equals the lowest slot, as a search finds it.
-    fn order(&self, other: &Self) -> Ordering {
+/// Best victim first; of equals the lowest slot, as a search finds it.
+impl Ord for Candidate {
+    fn cmp(&self, other: &Self) -> Ordering {
         self.score.total_cmp(&other.score).then(self.slot.cmp(&other.slot))
     }
 }
+
+impl PartialOrd for Candidate {
+    fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl PartialEq for Candidate {
+    fn eq(&self, other: &Self) -> bool {
+        self.cmp(other).is_eq()
+    }
+}
+
+impl Eq for Candidate {}
 
 /// Candidates, best victim last.
 #[derive(Debug, Default)]
@@ -28,17 +43,21 @@ pub(super) struct Prepared(Vec<Candidate>);
 impl Prepared {
     /// Keeps the `n` lowest of the scored slots; infinite scores are no candidates.
     pub(super) fn choose(&mut self, n: usize, scored: impl Iterator<Item = (f32, u32)>, slots: &[Slot], uses: &[Use]) {
-        let list = &mut self.0;
-        list.clear();
-        list.extend(scored.filter(|(score, _)| score.is_finite()).map(|(score, slot)| {
-            let expert = slots[slot as usize].expert;
-            Candidate { score, slot, expert, last: uses[expert as usize].last }
-        }));
-        if n < list.len() {
-            list.select_nth_unstable_by(n, Candidate::order);
-            list.truncate(n);
+        self.0.clear();
+        // The worst of the best so far is on top: nearly all slots cost one comparison.
+        let mut best = BinaryHeap::from(std::mem::take(&mut self.0));
+        for (score, slot) in scored.filter(|(score, _)| score.is_finite()) {
+            let candidate = |expert: u32| Candidate { score, slot, expert, last: uses[expert as usize].last };
+            if best.len() < n {
+                best.push(candidate(slots[slot as usize].expert));
+            } else if let Some(mut worst) = best.peek_mut()
+                && score < worst.score
+            {
+                *worst = candidate(slots[slot as usize].expert);
+            }
         }
-        list.sort_unstable_by(|a, b| b.order(a));
+        self.0 = best.into_sorted_vec();
+        self.0.reverse();
     }
 
     /// The best candidate that still stands and that `fits` now. Candidates that were used since are dropped, those

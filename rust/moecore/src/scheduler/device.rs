@@ -8,18 +8,14 @@
 //! the host rows that call `n` was fetched from may be given away.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use super::decisions::{Decisions, DeviceCall, Order};
-use super::{Call, HostScheduler, Ring, Rows, Unfinished};
+use super::{Call, HostScheduler, Ring, Rows};
 use crate::device::HostMemory;
 use crate::error::{Error, ErrorKind, Result};
 use crate::experts::{ExpertId, ExpertStore};
 use crate::residency::{PolicyKind, Residency};
 use crate::telemetry::{Phase, Telemetry, add};
-
-/// How long one look at the host rows takes at most.
-const PATIENCE: Duration = Duration::from_millis(100);
 
 /// Victims that are chosen while nobody waits.
 const PREPARED: usize = 16;
@@ -189,15 +185,7 @@ impl Shared {
     }
 
     fn fetch(&self, layer: u32, experts: &[ExpertId]) -> Result<(Rows, Vec<u64>)> {
-        let call = Call { layer, phase: Phase::Decode, experts: experts.to_vec(), tokens: vec![0; experts.len()] };
-        let mut pending = self.rows.acquire(call)?;
-        let rows = loop {
-            match pending.wait(PATIENCE) {
-                Ok(rows) => break rows,
-                Err(Unfinished::Failed(error)) => return Err(error),
-                Err(Unfinished::Waiting(again)) => pending = again,
-            }
-        };
+        let rows = self.rows.hold(layer, experts)?;
         let addresses = rows.slots().iter().map(|&row| self.memory.row(row).as_ptr() as u64).collect();
         Ok((rows, addresses))
     }
@@ -270,3 +258,7 @@ impl Shared {
         Error::new(ErrorKind::Budget, message)
     }
 }
+
+#[cfg(test)]
+#[path = "device_tests.rs"]
+mod tests;

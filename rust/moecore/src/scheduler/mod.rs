@@ -28,7 +28,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::experts::{ExpertId, ExpertStore};
 use crate::io::{Done, ReadEngine};
 use crate::residency::{PolicyKind, Residency, SlotTable};
-use crate::telemetry::{Telemetry, add};
+use crate::telemetry::{Phase, Telemetry, add};
 
 pub use device::{DeviceScheduler, Place};
 pub use message::Call;
@@ -152,6 +152,20 @@ impl HostScheduler {
         Ok(Pending(PendingState::Waiting(pending)))
     }
 
+    /// Makes experts of a layer resident and waits for them; no tokens are counted.
+    pub fn hold(&self, layer: u32, experts: &[ExpertId]) -> Result<Rows> {
+        let tokens = vec![0; experts.len()];
+        let mut pending =
+            self.acquire(Call { layer, phase: Phase::Decode, experts: experts.to_vec(), tokens })?;
+        loop {
+            match pending.wait(Duration::from_secs(1)) {
+                Ok(rows) => return Ok(rows),
+                Err(Unfinished::Failed(error)) => return Err(error),
+                Err(Unfinished::Waiting(again)) => pending = again,
+            }
+        }
+    }
+
     /// Streams a layer through the ring: for calls that need more experts than should displace others.
     /// The experts come in waves; those with the most tokens are the first to get slots that are free.
     pub fn stream(&self, call: Call) -> Result<Stream> {
@@ -236,7 +250,7 @@ struct Waiting {
     answer: Receiver<Answer<Slots>>,
     since: Instant,
     layer: u32,
-    phase: crate::telemetry::Phase,
+    phase: Phase,
 }
 
 impl Pending {

@@ -18,7 +18,7 @@ const SHORT: Duration = Duration::from_millis(20);
 
 /// Slots that free themselves.
 #[derive(Debug)]
-struct Memory {
+pub(super) struct Memory {
     device: HostDevice,
     base: NonNull<u8>,
     layout: Layout,
@@ -76,12 +76,12 @@ fn store(experts: u32) -> Arc<ExpertStore> {
     Arc::new(ExpertStore::new(vec![file], vec![layer(0), layer(1)]).unwrap())
 }
 
-struct Rig {
-    scheduler: HostScheduler,
+pub(super) struct Rig {
+    scheduler: Arc<HostScheduler>,
     reads: Arc<FakeReads>,
-    memory: Arc<Memory>,
-    store: Arc<ExpertStore>,
-    telemetry: Arc<Telemetry>,
+    pub(super) memory: Arc<Memory>,
+    pub(super) store: Arc<ExpertStore>,
+    pub(super) telemetry: Arc<Telemetry>,
 }
 
 impl ReadEngine for Arc<FakeReads> {
@@ -94,7 +94,7 @@ impl ReadEngine for Arc<FakeReads> {
 }
 
 impl Rig {
-    fn new(slots: u32, experts: u32, prepare: impl FnOnce(FakeReads) -> FakeReads + 'static) -> Self {
+    pub(super) fn new(slots: u32, experts: u32, prepare: impl FnOnce(FakeReads) -> FakeReads + 'static) -> Self {
         let store = store(experts);
         let memory = memory(slots, store.slot_bytes());
         let telemetry = Arc::new(Telemetry::new(2, store.experts() as usize));
@@ -107,6 +107,7 @@ impl Rig {
         });
         let policy = "lfru".parse().unwrap();
         let scheduler = HostScheduler::start(store.clone(), memory.clone(), policy, telemetry.clone(), open).unwrap();
+        let scheduler = Arc::new(scheduler);
         Self { scheduler, reads: kept.recv().unwrap(), memory, store, telemetry }
     }
 
@@ -116,6 +117,16 @@ impl Rig {
             Err(Unfinished::Failed(error)) => Err(error),
             Err(Unfinished::Waiting(_)) => panic!("nobody answered"),
         }
+    }
+
+    pub(super) fn shared_scheduler(&self) -> Arc<HostScheduler> {
+        self.scheduler.clone()
+    }
+
+    /// The row at an address is that of an expert.
+    pub(super) fn check_at(&self, expert: u32, address: u64) {
+        let slot = (0..self.memory.rows()).find(|&row| self.memory.row(row).as_ptr() as u64 == address);
+        self.check(&[expert], &[slot.expect("the address of a row")]);
     }
 
     fn check(&self, experts: &[u32], slots: &[u32]) {
@@ -137,7 +148,7 @@ fn call(experts: &[u32]) -> Call {
     Call { layer: 0, phase: Phase::Decode, experts: experts.to_vec(), tokens: vec![1; experts.len()] }
 }
 
-fn plain(reads: FakeReads) -> FakeReads {
+pub(super) fn plain(reads: FakeReads) -> FakeReads {
     reads
 }
 

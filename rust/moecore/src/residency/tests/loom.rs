@@ -4,6 +4,8 @@
 //! Slots are loom's `UnsafeCell`s: loom itself reports a read that a write does not happen before or after. Each model
 //! was seen to fail with an ordering or a fence taken away; the documentation of `table` says what each is for.
 
+#![allow(unsafe_code, reason = "cells that loom watches")]
+
 use std::sync::Arc;
 
 use loom::cell::UnsafeCell;

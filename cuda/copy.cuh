@@ -1,0 +1,169 @@
+// The copy of the rows of an answer: pinned memory to slots, by all blocks of a launch. Rows are cut into tiles; whoever
+// is done with one takes the next, so that nobody waits for the slowest.
+#pragma once
+#include "mailbox.cuh"
+
+// The orders of an answer, as far as a block keeps them.
+struct Orders {
+    alignas(16) Order held[ORDER_BATCH];
+    const Order *all;  // where the others are
+    u32 count;
+    u32 copies;
+};
+
+static __device__ __forceinline__ Order order_at(const Orders &orders, u32 i) {
+    if (i < ORDER_BATCH)
+        return orders.held[i];
+    Order order;
+    ((Vec16 *)&order)[0] = load_host((const u8 *)(orders.all + i));
+    ((Vec16 *)&order)[1] = load_host((const u8 *)(orders.all + i) + 16);
+    return order;
+}
+
+// Called by all threads of a block: the first orders of a long list.
+static __device__ void hold_orders(Orders &orders, const Order *all) {
+    if (threadIdx.x == 0)
+        orders.all = all;
+    const u32 n = min(orders.count, (u32)ORDER_BATCH);
+    for (u32 i = threadIdx.x; i < 2 * n; i += blockDim.x)
+        ((Vec16 *)orders.held)[i] = load_host((const u8 *)all + (u64)i * 16);
+    __syncthreads();
+}
+
+// A tile: where it comes from, where it goes, its bytes.
+struct Tile {
+    const u8 *from;
+    u8 *to;
+    u32 bytes;
+};
+
+template <u32 BYTES>
+static __device__ __forceinline__ Tile tile_at(const Orders &orders, u8 *arena, u64 slot_bytes, u64 row_bytes,
+                                               u32 per_row, u32 tile) {
+    const Order order = order_at(orders, tile / per_row);
+    const u64 begin = (u64)(tile % per_row) * BYTES;
+    Tile t;
+    t.from = (const u8 *)order.source + begin;
+    t.to = arena + order.slot * slot_bytes + begin;
+    t.bytes = (u32)min(row_bytes - begin, (u64)BYTES);
+    return t;
+}
+
+#if FETCH_BULK && __CUDA_ARCH__ >= 900
+// From sm_90 on: one thread of each block keeps bulk copies under way, in through one stage and out of another.
+static __device__ __forceinline__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+
+static __device__ __forceinline__ void bulk_in(u8 *stage, u64 *full, const Tile &tile) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(full)), "r"(tile.bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(stage)),
+                 "l"(tile.from), "r"(tile.bytes), "r"(shared_address(full))
+                 : "memory");
+}
+
+static __device__ __forceinline__ void bulk_out(const u8 *stage, const Tile &tile) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(tile.to),
+                 "r"(shared_address(stage)), "r"(tile.bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
+
+static __device__ __forceinline__ void await(u64 *full, u32 parity) {
+    u32 done = 0;
+    while (!done)
+        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(full)), "r"(parity)
+                     : "memory");
+}
+
+static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes, u64 row_bytes, u32 *taken) {
+    __shared__ alignas(128) u8 stages[BULK_STAGES][BULK_BYTES];
+    __shared__ alignas(8) u64 full[BULK_STAGES];
+    if (threadIdx.x != 0)
+        return;
+    for (u32 s = 0; s < BULK_STAGES; ++s)
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(full + s)) : "memory");
+    // The barriers and the host's rows, seen so far by plain loads, hold for bulk copies, too.
+    asm volatile("fence.proxy.async;" ::: "memory");
+    const u32 per_row = (u32)((row_bytes + BULK_BYTES - 1) / BULK_BYTES);
+    const u32 tiles = per_row * orders.copies;
+    Tile tile[BULK_STAGES];
+    u32 next = blockIdx.x;
+#pragma unroll
+    for (u32 s = 0; s < BULK_STAGES; ++s) {
+        tile[s].bytes = 0;
+        if (next < tiles) {
+            tile[s] = tile_at<BULK_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, next);
+            bulk_in(stages[s], full + s, tile[s]);
+        }
+        next += gridDim.x;
+    }
+#if FETCH_DYNAMIC
+    // The first tiles go by turns, the others to whoever is free.
+    const u32 begin = gridDim.x * BULK_STAGES;
+    next = begin + atomicAdd(taken, 1u);
+#endif
+    for (u32 round = 0;; ++round) {
+#pragma unroll
+        for (u32 s = 0; s < BULK_STAGES; ++s) {
+            if (tile[s].bytes == 0) {
+                // Turns are in order: whoever has none has had the last.
+                asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+                return;
+            }
+            await(full + s, round & 1);
+            bulk_out(stages[s], tile[s]);
+            // The stage before is free once its way out has read it.
+            const u32 before = (s + BULK_STAGES - 1) % BULK_STAGES;
+            if (round == 0 && s == 0)
+                continue;
+            asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+            tile[before].bytes = 0;
+            if (next < tiles) {
+                tile[before] = tile_at<BULK_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, next);
+                bulk_in(stages[before], full + before, tile[before]);
+#if FETCH_DYNAMIC
+                next = begin + atomicAdd(taken, 1u);
+#else
+                next += gridDim.x;
+#endif
+            }
+        }
+    }
+}
+#else
+// One warp copies a tile at a time: so many 16-byte loads of each lane, then as many stores.
+#define TILE_BYTES (FETCH_IN_FLIGHT * LANES * 16)
+
+static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes, u64 row_bytes, u32 *taken) {
+    const u32 lane = threadIdx.x % LANES;
+    const u32 warps = gridDim.x * (ACQUIRE_THREADS / LANES);
+    const u32 per_row = (u32)((row_bytes + TILE_BYTES - 1) / TILE_BYTES);
+    const u32 tiles = per_row * orders.copies;
+    u32 index = threadIdx.x / LANES * gridDim.x + blockIdx.x;
+    while (index < tiles) {
+        u32 next = index + warps;
+#if FETCH_DYNAMIC
+        if (lane == 0)
+            next = warps + atomicAdd(taken, 1u);
+#endif
+        const Tile tile = tile_at<TILE_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, index);
+        Vec16 held[FETCH_IN_FLIGHT];
+#pragma unroll
+        for (u32 i = 0; i < FETCH_IN_FLIGHT; ++i) {
+            const u32 at = (i * LANES + lane) * 16;
+            if (at < tile.bytes)
+                held[i] = load_host(tile.from + at);
+        }
+#pragma unroll
+        for (u32 i = 0; i < FETCH_IN_FLIGHT; ++i) {
+            const u32 at = (i * LANES + lane) * 16;
+            if (at < tile.bytes)
+                store16(tile.to + at, held[i]);
+        }
+        index = __shfl_sync(FULL_WARP, next, 0);
+    }
+}
+#endif
