@@ -37,9 +37,9 @@ NOTES = """\
 **What is imposed.** Weights are random; expert rows are {pool} random rows that come again in rotated form. The ids
 of the experts are the trace's: the {traced} that it has for a token, and the layer's most popular others up to
 top-{top_k}; decode step s uses the trace's decode token s, batch row b begins at b/B of the trace. The router does all
-its work, and weights are its own. The trace has one prompt token only, so the prompt's routing is uniform: every expert is asked for,
-and what a prefill leaves in the slots knows nothing of the tokens to come. "First" is the first pass over the
-{tokens} tokens after that prompt, cold misses counted; "second" the same tokens again.
+its work, and weights are its own. The trace has one prompt token only, so the prompt's routing is uniform: every
+expert is asked for, and what a prefill leaves in the slots knows nothing of the tokens to come. "First" is the first
+pass over the {tokens} tokens after that prompt, cold misses counted; "second" the same tokens again.
 
 **How it is timed.** Milliseconds. TTFT: prompt of {prompt} tokens, to the first token on the host, into empty slots.
 TPOT: from one step's end to the next on the device's clock; the host never looks. Modes: *eager* (dynamic cache);

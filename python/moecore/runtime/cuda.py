@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,12 +123,18 @@ class CudaBackend:
         self.ring_first, self.chunk, self.halves = self.core.ring
         self.kernels = Kernels(self.engine)
         self.streaming = False
+        # Calls of several threads are enqueued one after another: slots are free when the next call comes.
+        self._lock = threading.Lock()
         #: Half of the ring, layer and experts that were staged before they were asked for.
         self.ahead: tuple[int, int, list[int]] | None = None
         self._views: dict[tuple[int, int, int], dict[str, Tensor]] = {}
 
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of a layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
+        with self._lock:
+            return self._run(layer, taken, hidden, index, weights)
+
+    def _run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tokens, top_k = index.shape
         if tokens <= DECODE_TOKENS and self.kernels.serves(taken):
             # Every pair may want an expert of its own, and the host does not look at the index.

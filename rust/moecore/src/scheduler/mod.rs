@@ -69,6 +69,8 @@ impl Ring {
 pub struct HostScheduler {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<()>>,
+    /// The process that has the thread: a fork of it has none.
+    process: u32,
 }
 
 /// What callers, guards and the thread share.
@@ -121,13 +123,14 @@ impl HostScheduler {
             .map_err(|source| {
                 Error::new(ErrorKind::Device, "cannot start a thread; raise the process limit").with_source(source)
             })?;
-        Ok(Self { shared, thread: Some(thread) })
+        Ok(Self { shared, thread: Some(thread), process: std::process::id() })
     }
 
     /// Makes the experts of a call resident and holds them until the [`Rows`] are dropped.
     ///
     /// Where all are resident nobody is asked and nobody waits.
     pub fn acquire(&self, call: Call) -> Result<Pending> {
+        self.check_process()?;
         let counters = self.shared.telemetry.of(call.layer, call.phase);
         add(&counters.calls, 1);
         for (&expert, &tokens) in call.experts.iter().zip(&call.tokens) {
@@ -169,6 +172,7 @@ impl HostScheduler {
     /// Streams a layer through the ring: for calls that need more experts than should displace others.
     /// The experts come in waves; those with the most tokens are the first to get slots that are free.
     pub fn stream(&self, call: Call) -> Result<Stream> {
+        self.check_process()?;
         Stream::begin(self.shared.clone(), call)
     }
 
@@ -206,6 +210,16 @@ impl HostScheduler {
         (0..self.shared.store.experts()).filter(|&expert| lease.slot_of(expert).is_some()).count()
     }
 
+    /// Threads do not survive a fork: nobody would ever answer.
+    fn check_process(&self) -> Result<()> {
+        if std::process::id() == self.process {
+            return Ok(());
+        }
+        let message = "this process was forked from the one that loaded the model, and has none of its threads; load \
+                       the model here, or start processes by spawn";
+        Err(Error::new(ErrorKind::Device, message))
+    }
+
     fn too_small(&self, experts: usize) -> Error {
         let need = experts as u64 * self.shared.store.slot_bytes();
         let have = u64::from(self.shared.slots) * self.shared.store.slot_bytes();
@@ -220,6 +234,11 @@ impl HostScheduler {
 
 impl Drop for HostScheduler {
     fn drop(&mut self) {
+        if self.check_process().is_err() {
+            // The thread is in another process; waiting for it here would take for ever.
+            std::mem::forget(self.thread.take());
+            return;
+        }
         // A thread that is gone already has no inbox.
         let _ = self.shared.inbox.send(Message::Close);
         if let Some(thread) = self.thread.take() {

@@ -381,6 +381,43 @@ fn an_expert_without_a_file_is_put_once_and_stays() {
     assert_eq!(rig.scheduler.put(5, |_| panic!("it is there")).unwrap_err().kind(), ErrorKind::Budget);
 }
 
+/// Memory with a fault that no engine expects.
+#[derive(Debug)]
+struct Broken(Arc<Memory>);
+
+// SAFETY: rows are those of the inner memory, or there is no row at all.
+unsafe impl HostMemory for Broken {
+    fn rows(&self) -> u32 {
+        self.0.rows()
+    }
+    fn row_bytes(&self) -> usize {
+        self.0.row_bytes()
+    }
+    fn row(&self, row: u32) -> NonNull<u8> {
+        assert!(row != 1, "scripted: there is no row 1");
+        self.0.row(row)
+    }
+}
+
+#[test]
+fn a_scheduler_that_panics_is_an_error_for_everybody() {
+    let rig = Rig::new(4, 8, plain);
+    let broken = Arc::new(Broken(memory(4, rig.store.slot_bytes())));
+    let open = Box::new(|done| Ok(Box::new(FakeReads::new(&[1 << 30], done)) as Box<dyn ReadEngine>));
+    let policy = "lru".parse().unwrap();
+    let scheduler = HostScheduler::start(rig.store.clone(), broken, policy, rig.telemetry.clone(), open).unwrap();
+    for _ in 0..3 {
+        let error = match scheduler.acquire(call(&[0, 1])) {
+            Ok(pending) => match pending.wait(LONG) {
+                Err(Unfinished::Failed(error)) => error,
+                other => panic!("{other:?}"),
+            },
+            Err(error) => error,
+        };
+        assert!(matches!(error.kind(), ErrorKind::Device | ErrorKind::Cancelled), "{error}");
+    }
+}
+
 /// Slots that are overwritten while somebody holds them show another expert's bytes.
 #[test]
 fn threads_never_see_a_slot_that_was_reused_too_early() {
