@@ -163,7 +163,7 @@ template <class T> static __device__ __forceinline__ float weighted(const Expert
 // out[t, o] = sum over k of weights[t, k] * (row o of the slot's [outputs, inputs] matrix . x[t, k]).
 // DOWN_SHARES warps share the experts of an output; one thread then adds their products, k in order.
 // Grid: (tokens, outputs / DOWN_COLUMNS).
-#define DOWN_COLUMNS (EXPERT_WARPS / DOWN_SHARES * DOWN_OUTPUTS)
+#define DOWN_COLUMNS (DOWN_WARPS / DOWN_SHARES * DOWN_OUTPUTS)
 template <class T> static __device__ __forceinline__ void expert_down(const ExpertArgs &a) {
     constexpr u32 AT_ONCE = DOWN_SHARES * DOWN_ROWS;
     __shared__ float part[DOWN_COLUMNS][AT_ONCE];
@@ -309,7 +309,7 @@ template <class T> static __device__ __forceinline__ void slot_linear_transposed
     extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES) moecore_expert_up_##suffix(const ExpertArgs a) { \
         expert_up<T>(a);                                                                                               \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES)                                                  \
+    extern "C" __global__ void __launch_bounds__(DOWN_WARPS *LANES)                                                    \
         moecore_expert_down_##suffix(const ExpertArgs a) {                                                             \
         expert_down<T>(a);                                                                                             \
     }                                                                                                                  \

@@ -74,7 +74,8 @@ struct State {
     u32 reserved0;
     u32 arrived[2];  // blocks that have read all that the call changes
     u32 taken[2];    // tiles that were taken, not counting each warp's first
-    u32 reserved[8];
+    u64 heard;       // by block 0: sequence number << 32 | status of the answer, for the other blocks
+    u32 reserved[6];
 };
 
 static_assert(sizeof(Order) == 32, "Order");

@@ -4,7 +4,7 @@
 
 // acquire: blocks that share one copy, and threads of each.
 #ifndef ACQUIRE_BLOCKS
-#define ACQUIRE_BLOCKS 8
+#define ACQUIRE_BLOCKS 4
 #endif
 #ifndef ACQUIRE_THREADS
 #define ACQUIRE_THREADS 512
@@ -43,7 +43,7 @@
 #define POLLS_PER_CLOCK 64
 #endif
 
-// Expert kernels: warps of a block.
+// Expert kernels but expert_down: warps of a block.
 #ifndef EXPERT_WARPS
 #define EXPERT_WARPS 4
 #endif
@@ -55,16 +55,19 @@
 #ifndef UP_DEPTH
 #define UP_DEPTH 4
 #endif
-// expert_down: warps that share the experts of an output, outputs of a warp, experts that it reads side by side, and
-// 16-byte loads in flight of each.
+// expert_down: warps of a block, warps of them that share the experts of an output, outputs of a warp, experts that it
+// reads side by side, and 16-byte loads in flight of each.
+#ifndef DOWN_WARPS
+#define DOWN_WARPS 8
+#endif
 #ifndef DOWN_SHARES
-#define DOWN_SHARES 4
+#define DOWN_SHARES 8
 #endif
 #ifndef DOWN_OUTPUTS
-#define DOWN_OUTPUTS 1
+#define DOWN_OUTPUTS 2
 #endif
 #ifndef DOWN_ROWS
-#define DOWN_ROWS 2
+#define DOWN_ROWS 1
 #endif
 #ifndef DOWN_DEPTH
 #define DOWN_DEPTH 3

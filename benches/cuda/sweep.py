@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import cycle, product
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -20,37 +20,31 @@ def defines(**numbers: int) -> Defines:
 
 #: Compile-time numbers of acquire, and the blocks that each is launched with.
 ACQUIRES: list[Defines] = [
-    defines(FETCH_DYNAMIC=0),
     defines(),
+    defines(FETCH_DYNAMIC=0),
     defines(FETCH_IN_FLIGHT=4),
-    defines(FETCH_IN_FLIGHT=2),
+    defines(FETCH_IN_FLIGHT=16),
     defines(ACQUIRE_THREADS=256),
-    defines(ACQUIRE_THREADS=256, FETCH_IN_FLIGHT=4),
     defines(ACQUIRE_THREADS=256, FETCH_IN_FLIGHT=16),
+    defines(ACQUIRE_THREADS=1024),
+    defines(ACQUIRE_THREADS=1024, FETCH_IN_FLIGHT=4),
     defines(FETCH_WIDE=1),
-    defines(FETCH_WIDE=1, ACQUIRE_THREADS=256),
-    defines(FETCH_BULK=1, BULK_BYTES=2048, BULK_STAGES=8),
     defines(FETCH_BULK=1, BULK_BYTES=4096, BULK_STAGES=8),
     defines(FETCH_BULK=1, BULK_BYTES=8192, BULK_STAGES=4),
-    defines(FETCH_BULK=1, BULK_BYTES=16384, BULK_STAGES=2),
-    defines(FETCH_BULK=1, FETCH_DYNAMIC=0, BULK_BYTES=8192, BULK_STAGES=4),
 ]
-BLOCKS = (4, 8, 16, 32, 64)
+BLOCKS = (2, 3, 4, 6, 8, 16)
 PAUSES = (0, 100, 400)
 
 UPS: list[Defines] = [
-    defines(UP_DEPTH=depth, EXPERT_WARPS=warps, WEIGHTS_WIDE=wide)
-    for depth, warps, wide in product((2, 4, 8), (4, 8), (0, 1))
+    defines(UP_DEPTH=depth, EXPERT_WARPS=warps) for depth, warps in ((2, 4), (4, 4), (8, 4), (4, 2), (4, 8))
 ]
 DOWNS: list[Defines] = [
-    defines(DOWN_SHARES=shares, DOWN_OUTPUTS=outputs, DOWN_ROWS=rows, DOWN_DEPTH=depth, EXPERT_WARPS=warps)
+    defines(DOWN_SHARES=shares, DOWN_OUTPUTS=outputs, DOWN_ROWS=rows, DOWN_DEPTH=depth, DOWN_WARPS=warps)
     for shares, outputs, rows, depth, warps in (
-        (1, 1, 4, 2, 4), (1, 1, 8, 3, 4), (2, 1, 4, 3, 4), (4, 1, 2, 3, 4), (4, 1, 2, 3, 8), (4, 2, 2, 3, 4),
-        (4, 2, 2, 3, 8), (2, 2, 4, 1, 4), (2, 2, 4, 3, 4), (8, 1, 1, 3, 8), (8, 2, 1, 3, 8), (8, 4, 1, 3, 8),
-        (4, 4, 2, 1, 4),
+        (1, 1, 4, 2, 4), (4, 1, 2, 3, 4), (4, 2, 2, 3, 4), (4, 2, 2, 3, 8), (8, 1, 1, 3, 8), (8, 2, 1, 3, 8),
+        (8, 4, 1, 3, 8), (8, 3, 1, 3, 8), (8, 2, 1, 3, 16), (8, 2, 1, 4, 8), (4, 4, 2, 3, 4), (8, 6, 1, 3, 8),
     )
 ]  # fmt: skip
-DOWNS += [defines(**dict(DOWNS[3]), WEIGHTS_WIDE=1), defines(**dict(DOWNS[5]), WEIGHTS_WIDE=1)]
 
 
 def name_of(variant: Defines) -> str:
@@ -131,7 +125,7 @@ def fetches(rig: Any, arch: str) -> list[dict[str, Any]]:
     for variant, code in zip(variants, codes, strict=True):
         module = Module(code)
         threads = dict(variant).get("ACQUIRE_THREADS", tuned("ACQUIRE_THREADS"))
-        for blocks in BLOCKS if variant not in paused else (8,):
+        for blocks in BLOCKS if variant not in paused else (4,):
             all_calls.check(module, blocks, threads)
             row: dict[str, Any] = {"variant": name_of(variant), "blocks": blocks}
             row["hits_us"] = all_calls.time_hits(module, blocks, threads)
@@ -157,7 +151,7 @@ def experts(shape: Any, floor: float, arch: str) -> list[dict[str, Any]]:
     rows = []
     for (kind, variant), code in zip(variants, codes, strict=True):
         module, numbers = Module(code), dict(variant)
-        warps = numbers["EXPERT_WARPS"]
+        warps = numbers["EXPERT_WARPS" if kind == "up" else "DOWN_WARPS"]
         row: dict[str, Any] = {"kernel": kind, "variant": name_of(variant)}
         for tokens in (1, 4, 16):
             calls = shape.calls(tokens)

@@ -1,9 +1,25 @@
 """The Rust core."""
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any, final
 
-__all__ = ["Cancel", "Scanner", "__version__", "replay_policy"]
+__all__ = [
+    "Cancel",
+    "CudaEngine",
+    "CudaExperts",
+    "ExpertStore",
+    "HostEngine",
+    "HostRows",
+    "PinnedArena",
+    "Rows",
+    "Scanner",
+    "Stream",
+    "__version__",
+    "_testing",
+    "cuda_available",
+    "replay_policy",
+]
 
 __version__: str
 
@@ -74,3 +90,269 @@ def replay_policy(
     prepare: int = 0,
 ) -> dict[str, Any]:
     """Replays calls, each a layer and its experts, from empty slots; returns counts."""
+
+#: Counters by name.
+_Named = dict[str, int]
+#: Prefill and decode counters of each layer, and tokens routed to each expert by dense id.
+_Stats = tuple[list[tuple[_Named, _Named]], list[int]]
+
+@final
+class ExpertStore:
+    """Where every expert's bytes lie."""
+
+    def __new__(
+        cls,
+        files: list[Path] | list[str],
+        layers: list[tuple[str, int, int, list[list[tuple[int, int, int, int]]]]],
+    ) -> ExpertStore: ...
+    @property
+    def slot_bytes(self) -> int:
+        """Distance between slots in bytes."""
+
+    @property
+    def experts(self) -> int:
+        """The number of all experts."""
+
+@final
+class HostEngine:
+    """Experts in host memory that somebody else has allocated."""
+
+    def __new__(
+        cls, store: ExpertStore, *, address: int, bytes: int, owner: object, policy: str, threads: int = 8
+    ) -> HostEngine: ...
+    def acquire(self, layer: int, experts: list[int], tokens: list[int], prefill: bool) -> Rows:
+        """Makes experts of a layer resident and holds them until the result is released."""
+
+    def stream(self, layer: int, experts: list[int], tokens: list[int], prefill: bool) -> Stream:
+        """Streams experts of a layer in waves."""
+
+    def prefetch(self, layer: int, experts: list[int]) -> None:
+        """Brings experts of a layer where there is room."""
+
+    @property
+    def slots(self) -> tuple[int, int]:
+        """Slots, and how many of them are one half of the ring."""
+
+    @property
+    def resident(self) -> int:
+        """How many experts are resident."""
+
+    def stats(self) -> _Stats:
+        """Counters of each layer, prefill and decode, and tokens routed to each expert."""
+
+    def reset_stats(self) -> None:
+        """Sets every counter to zero."""
+
+    def close(self) -> None:
+        """Ends the thread and the reads. Calls after it fail."""
+
+@final
+class Rows:
+    """Slots that are safe from being overwritten until they are released."""
+
+    @property
+    def slots(self) -> list[int]:
+        """The slots, in the order in which their experts were asked for. Empty after `release`."""
+
+    def release(self) -> None:
+        """Lets the slots go."""
+
+@final
+class Stream:
+    """Waves of experts: an iterator of (experts, slots)."""
+
+    def __iter__(self) -> Stream: ...
+    def __next__(self) -> tuple[list[int], list[int]]: ...
+    def close(self) -> None:
+        """Gives the ring back, also where waves are left."""
+
+def cuda_available() -> str | None:
+    """Why there is no GPU to use, or None if there is one."""
+
+@final
+class PinnedArena:
+    """Rows of pinned host memory."""
+
+    def __new__(cls, device: int, row_bytes: int, rows: int) -> PinnedArena: ...
+    def settle(self) -> int:
+        """Waits until all rows are there, or as many as the host can pin: their number."""
+
+    def address(self, row: int) -> int | None:
+        """Address of a row, or None while it is not there."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that were asked for."""
+
+@final
+class HostRows:
+    """Rows of experts in pinned host memory, over their files."""
+
+    def __new__(cls, store: ExpertStore, *, device: int, rows: int, policy: str, threads: int = 8) -> HostRows: ...
+    def put(self, layer: int, expert: int, address: int, bytes: int) -> None:
+        """Takes an expert from memory: `bytes` bytes at `address`."""
+
+    def copy(self, layer: int, expert: int, address: int, bytes: int) -> None:
+        """Gives an expert back: `bytes` bytes to `address`."""
+
+    def settle(self) -> int:
+        """Waits until the memory is pinned, or as much of it as the host gives: rows."""
+
+    @property
+    def rows(self) -> int:
+        """Rows that were asked for."""
+
+    def stats(self) -> _Stats:
+        """Counters of the tier below the device."""
+
+@final
+class CudaEngine:
+    """Launches of one model's experts on one GPU. Addresses are integers, and the caller answers for them."""
+
+    def acquire(self, layer: int, ids: int, pairs: int, slots: int, phase: int, stream: int) -> None:
+        """Finds the slots of a call's experts and brings those that are missing."""
+
+    def expert_up(
+        self,
+        dtype: str,
+        offset: int,
+        x: int,
+        slots: int,
+        out: int,
+        tokens: int,
+        k: int,
+        hidden: int,
+        intermediate: int,
+        act: int,
+        stream: int,
+    ) -> None:
+        """h[p] = act(gate) * up for each pair, over concatenated weights."""
+
+    def expert_down(
+        self,
+        dtype: str,
+        offset: int,
+        x: int,
+        slots: int,
+        weights: int,
+        weights_float32: bool,
+        out: int,
+        tokens: int,
+        k: int,
+        intermediate: int,
+        hidden: int,
+        stream: int,
+    ) -> None:
+        """out[t] = sum over k of weight * down(h[t, k])."""
+
+    def slot_linear(
+        self,
+        dtype: str,
+        offset: int,
+        bias_offset: int | None,
+        transposed: bool,
+        row_per_pair: bool,
+        x: int,
+        slots: int,
+        out: int,
+        tokens: int,
+        k: int,
+        inputs: int,
+        outputs: int,
+        stream: int,
+    ) -> None:
+        """y[p] = W[slot] x (+ bias[slot])."""
+
+    def update_table(self, entries: list[tuple[int, int | None]], stream: int) -> None:
+        """Changes the table in `stream`: (expert, slot or None)."""
+
+    def fill(self, slot: int, source: int, bytes: int) -> None:
+        """Copies a pinned row into a slot with the copy engine."""
+
+    def fill_from_slot(self, slot: int, source: int, bytes: int) -> None:
+        """Copies one slot into another with the copy engine."""
+
+    def mark(self, event: int) -> None:
+        """Marks the end of the copies so far as event `event`."""
+
+    def hold(self, event: int, stream: int) -> None:
+        """Makes `stream` wait for the copies before `mark(event)`."""
+
+    def after(self, event: int, stream: int) -> None:
+        """Makes later copies wait for what is in `stream` now."""
+
+    def error(self) -> str | None:
+        """What has failed, or None."""
+
+    def check(self) -> None:
+        """Raises what has failed."""
+
+    def clear_error(self) -> None:
+        """Goes on after an error: waits for the GPU, forgets the error and which experts are resident."""
+
+    def set_patience(self, seconds: float) -> None:
+        """Changes how long the GPU waits for an answer, in seconds."""
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of the answering thread."""
+
+    def close(self) -> None:
+        """Ends the engine; a second call does nothing."""
+
+@final
+class CudaExperts:
+    """The experts of one model on one GPU."""
+
+    def __new__(
+        cls,
+        rows: HostRows,
+        *,
+        arena: int,
+        slots: int,
+        table: int,
+        counts: int,
+        state: int,
+        owners: object,
+        policy: str,
+    ) -> CudaExperts: ...
+    @property
+    def engine(self) -> CudaEngine:
+        """Launches of the engine."""
+
+    @property
+    def ring(self) -> tuple[int, int, int]:
+        """First slot of the ring, slots of one half, halves."""
+
+    @property
+    def resident(self) -> int:
+        """How many experts are on the device."""
+
+    def begin_prefill(self) -> list[int]:
+        """Clears the ring for a prefill: dense ids that the table must forget."""
+
+    def end_prefill(self) -> bool:
+        """Gives the ring back. Its copies must be over, or be waited for by the stream that runs the next call."""
+
+    def prefill(self, layer: int, experts: list[int], tokens: list[int]) -> list[bool]:
+        """Counts a call of a prefill; whether each of its experts is on the device."""
+
+    def stage(self, half: int, layer: int, experts: list[int], stream: int) -> None:
+        """Brings experts of a layer into the first slots of a half of the ring, once `stream` has come here."""
+
+    def ready(self, half: int, stream: int) -> None:
+        """Makes `stream` wait for what was last staged in a half."""
+
+    def admit(self, layer: int, experts: list[int]) -> list[tuple[int, int]]:
+        """Gives slots to experts of a layer as long as some are free: (expert, slot). The caller copies them there."""
+
+    def stats(self) -> _Stats:
+        """Counters of each layer, prefill and decode, and tokens routed to each expert in prefill."""
+
+    def reset_stats(self) -> None:
+        """Sets every counter to zero."""
+
+    def close(self) -> None:
+        """Ends the engine. Calls after it fail."""
+
+#: For the tests and benches of the kernels alone.
+_testing: ModuleType

@@ -1,13 +1,14 @@
 //! Compiles the kernels into one image, where a compiler is found; else the image is empty and NVRTC compiles the
 //! embedded source at first use. Never fails the build.
-//!
-//! Where the compiler comes from, in order: a ready image (`MOECORE_FATBIN`), `MOECORE_NVCC`, the pip packages of the
-//! build's Python (their version is known), `CUDA_HOME`, `PATH`.
+
+mod build_order;
 
 use std::env;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use build_order::{Source, choose};
 
 /// Machine code for these, and PTX of the lowest for GPUs that nobody knows yet.
 const ARCHITECTURES: [u32; 6] = [80, 86, 89, 90, 100, 120];
@@ -21,12 +22,12 @@ fn main() {
     }
     println!("cargo::rustc-env=MOECORE_IMAGE={}", image.display());
 
-    let built = match set("MOECORE_FATBIN") {
-        Some(ready) => fs::copy(&ready, &image).map(|_| ()).map_err(|error| format!("{}: {error}", ready.display())),
-        None => match find_compiler() {
-            Some(nvcc) => compile(&nvcc, &kernels, &image),
-            None => Err("no nvcc found (MOECORE_NVCC, pip packages, CUDA_HOME, PATH)".to_owned()),
-        },
+    let source = choose(set, pip_packages, |nvcc| nvcc.is_file());
+    println!("kernels: {source:?}");
+    let built = match source {
+        Source::Image(ready) => read(&ready).and_then(|code| write(&image, &code)),
+        Source::Compiler(nvcc) => compile(&nvcc, &kernels, &image),
+        Source::Later => Err("no nvcc found (MOECORE_NVCC, pip packages, CUDA_HOME, PATH)".to_owned()),
     };
     if let Err(reason) = built {
         fs::write(&image, []).expect("the build folder can be written");
@@ -39,18 +40,20 @@ fn set(name: &str) -> Option<PathBuf> {
     env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from)
 }
 
-fn find_compiler() -> Option<PathBuf> {
-    if let Some(given) = set("MOECORE_NVCC") {
-        return Some(given);
-    }
+/// Folders of NVIDIA's packages in the build's Python: an isolated build has the pinned ones.
+fn pip_packages() -> Vec<PathBuf> {
     let python = set("PYO3_PYTHON").unwrap_or_else(|| PathBuf::from("python3"));
     let folders = Command::new(python).args(["-c", "import nvidia; print(*nvidia.__path__, sep='\\n')"]).output();
     let folders = folders.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
-    let pip = folders.lines().map(|folder| Path::new(folder).join("cu13/bin/nvcc"));
-    let home = set("CUDA_HOME").map(|home| home.join("bin/nvcc"));
-    let path = env::var_os("PATH").unwrap_or_default();
-    let path = env::split_paths(&path).map(|folder| folder.join("nvcc"));
-    pip.chain(home).chain(path).find(|nvcc| nvcc.is_file())
+    folders.lines().map(PathBuf::from).collect()
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, String> {
+    fs::read(path).map_err(|error| format!("{}: {error}", path.display()))
+}
+
+fn write(path: &Path, code: &[u8]) -> Result<(), String> {
+    fs::write(path, code).map_err(|error| format!("{}: {error}", path.display()))
 }
 
 fn compile(nvcc: &Path, kernels: &Path, image: &Path) -> Result<(), String> {

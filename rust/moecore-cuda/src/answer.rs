@@ -90,12 +90,7 @@ pub struct Answering {
 
 impl Answering {
     /// Starts answering for `layers` with `slots` slots.
-    pub fn start(
-        mailbox: Arc<Mailbox>,
-        layers: Vec<Layer>,
-        slots: u32,
-        decisions: Box<dyn Decisions>,
-    ) -> Result<Self> {
+    pub fn start(mailbox: Arc<Mailbox>, layers: Vec<Layer>, slots: u32, decisions: Box<dyn Decisions>) -> Result<Self> {
         let shared = Arc::new(Shared::default());
         let experts = layers.iter().map(|layer| layer.first + layer.experts).max().unwrap_or(0);
         let worker = Worker {
@@ -237,7 +232,8 @@ impl Worker {
         if let Some(error) = self.shared.error() {
             return Err(Error::new(ErrorKind::Device, error));
         }
-        let broken = |what: &str| Error::new(ErrorKind::Device, format!("{what} (a defect of moecore: please report it)"));
+        let broken =
+            |what: &str| Error::new(ErrorKind::Device, format!("{what} (a defect of moecore: please report it)"));
         let layer = self.layers.get(record.layer as usize).copied();
         let Some(layer) = layer.filter(|layer| layer.experts == record.experts) else {
             return Err(broken("the GPU has published a call of an unknown layer"));
@@ -263,7 +259,8 @@ impl Worker {
             return Err(broken("more orders than an answer holds"));
         }
         for order in &self.orders {
-            if order.evicted.is_some_and(|evicted| evicted >= self.experts || call.used.binary_search(&evicted).is_ok()) {
+            if order.evicted.is_some_and(|evicted| evicted >= self.experts || call.used.binary_search(&evicted).is_ok())
+            {
                 return Err(broken("an order evicts an expert that the call uses"));
             }
             let (source, slot, expert) = match order.step {

@@ -37,9 +37,8 @@ impl CopyStream {
         let _entered = self.context.enter()?;
         let api = self.context.api();
         // SAFETY: the caller's promise.
-        let status = unsafe {
-            (api.copy_to_device_async)(target, source as *const c_void, size(bytes), self.stream.get().0)
-        };
+        let status =
+            unsafe { (api.copy_to_device_async)(target, source as *const c_void, size(bytes), self.stream.get().0) };
         api.check(status, "copying an expert to the GPU")
     }
 

@@ -21,8 +21,8 @@ use crate::answer::{Answering, Layer};
 use crate::context::Context;
 use crate::kernels::{Format, Product};
 use crate::layout::{
-    AcquireArgs, ExpertArgs, MAILBOX_BYTES, MAX_EXPERTS, MAX_PAIRS, NOTHING, STATE_BYTES, STATUS_CLOSED, STATUS_MISSING,
-    STATUS_TIMEOUT, TABLE_BATCH, TableArgs,
+    AcquireArgs, ExpertArgs, MAILBOX_BYTES, MAX_EXPERTS, MAX_PAIRS, NOTHING, STATE_BYTES, STATUS_CLOSED,
+    STATUS_MISSING, STATUS_TIMEOUT, TABLE_BATCH, TableArgs,
 };
 use crate::mailbox::Mailbox;
 use crate::pinned::PinnedBlock;
@@ -387,7 +387,8 @@ fn check(setup: &Setup) -> Result<()> {
         }
         first += layer.experts;
     }
-    if !setup.arena.is_multiple_of(16) || !setup.slot_bytes.is_multiple_of(16) || setup.slots > i32::MAX.unsigned_abs() {
+    if !setup.arena.is_multiple_of(16) || !setup.slot_bytes.is_multiple_of(16) || setup.slots > i32::MAX.unsigned_abs()
+    {
         return Err(Error::new(ErrorKind::Device, "slots must begin at multiples of 16 bytes"));
     }
     Ok(())

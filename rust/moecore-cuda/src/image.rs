@@ -2,7 +2,9 @@
 
 use std::borrow::Cow;
 
-use moecore::{Error, ErrorKind, Result};
+use moecore::Result;
+
+use crate::nvrtc;
 
 /// Bytes at an address that the driver likes.
 #[repr(C, align(64))]
@@ -18,10 +20,5 @@ pub fn embedded() -> Option<&'static [u8]> {
 
 /// The image that a GPU of this compute capability loads.
 pub(crate) fn for_capability(capability: (u32, u32)) -> Result<Cow<'static, [u8]>> {
-    if let Some(image) = embedded() {
-        return Ok(Cow::Borrowed(image));
-    }
-    let (major, minor) = capability;
-    let message = format!("this build has no kernels for a GPU of compute capability {major}.{minor}");
-    Err(Error::new(ErrorKind::Device, message))
+    embedded().map_or_else(|| nvrtc::image(capability).map(Cow::Owned), |image| Ok(Cow::Borrowed(image)))
 }

@@ -12,7 +12,9 @@ use crate::driver::Handle;
 use crate::image;
 use crate::layout::{AcquireArgs, ExpertArgs, TABLE_BATCH, TableArgs};
 use crate::stream::{OwnStream, Stream};
-use crate::tuning::{ACQUIRE_BLOCKS, ACQUIRE_THREADS, DOWN_OUTPUTS, DOWN_SHARES, EXPERT_WARPS, TRANSPOSED_WARPS};
+use crate::tuning::{
+    ACQUIRE_BLOCKS, ACQUIRE_THREADS, DOWN_OUTPUTS, DOWN_SHARES, DOWN_WARPS, EXPERT_WARPS, TRANSPOSED_WARPS,
+};
 
 /// Number format of weights and activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -92,7 +94,8 @@ impl Kernels {
                 *handle = find(name)?;
             }
         }
-        let kernels = Self { acquire: find(c"moecore_acquire")?, update_table: find(c"moecore_update_table")?, experts };
+        let kernels =
+            Self { acquire: find(c"moecore_acquire")?, update_table: find(c"moecore_update_table")?, experts };
         kernels.warm_up(context)?;
         Ok(kernels)
     }
@@ -109,8 +112,7 @@ impl Kernels {
             for (product, _) in EXPERTS {
                 for format in [Format::F32, Format::Bf16, Format::F16] {
                     let function = self.experts[product as usize][format as usize];
-                    let threads = if product == Product::LinearTransposed { TRANSPOSED_WARPS } else { EXPERT_WARPS } * 32;
-                    launch(context, function, (1, 1), threads, stream.get(), &ExpertArgs::default())?;
+                    launch(context, function, (1, 1), 32 * warps(product), stream.get(), &ExpertArgs::default())?;
                 }
             }
         }
@@ -148,10 +150,10 @@ impl Kernels {
         stream: Stream,
     ) -> Result<()> {
         let rows = if product == Product::Down { args.tokens } else { args.tokens * args.k };
-        let (columns, warps) = match product {
-            Product::LinearTransposed => (32 * 16 / format.bytes(), TRANSPOSED_WARPS),
-            Product::Down => (EXPERT_WARPS / DOWN_SHARES * DOWN_OUTPUTS, EXPERT_WARPS),
-            Product::Up | Product::Linear => (EXPERT_WARPS, EXPERT_WARPS),
+        let columns = match product {
+            Product::LinearTransposed => 32 * 16 / format.bytes(),
+            Product::Down => DOWN_WARPS / DOWN_SHARES * DOWN_OUTPUTS,
+            Product::Up | Product::Linear => EXPERT_WARPS,
         };
         let parts = args.outputs.div_ceil(columns);
         if rows == 0 || parts == 0 {
@@ -162,7 +164,16 @@ impl Kernels {
         }
         let function = self.experts[product as usize][format as usize];
         // SAFETY: the caller's promise.
-        unsafe { launch(context, function, (rows, parts), warps * 32, stream, args) }
+        unsafe { launch(context, function, (rows, parts), 32 * warps(product), stream, args) }
+    }
+}
+
+/// Warps of a block.
+fn warps(product: Product) -> u32 {
+    match product {
+        Product::LinearTransposed => TRANSPOSED_WARPS,
+        Product::Down => DOWN_WARPS,
+        Product::Up | Product::Linear => EXPERT_WARPS,
     }
 }
 
@@ -182,8 +193,7 @@ unsafe fn launch<T>(
     let mut parameters = [std::ptr::from_ref(args).cast_mut().cast::<c_void>()];
     let null = std::ptr::null_mut();
     // SAFETY: the driver copies the arguments before it returns; the rest is the caller's promise.
-    let status = unsafe {
-        (api.launch)(function, grid.0, grid.1, 1, threads, 1, 1, 0, stream.0, parameters.as_mut_ptr(), null)
-    };
+    let status =
+        unsafe { (api.launch)(function, grid.0, grid.1, 1, threads, 1, 1, 0, stream.0, parameters.as_mut_ptr(), null) };
     api.check(status, "launching a kernel")
 }

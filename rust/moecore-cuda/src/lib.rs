@@ -30,6 +30,7 @@ pub mod image;
 pub mod kernels;
 pub mod layout;
 pub mod mailbox;
+pub mod nvrtc;
 pub mod pinned;
 pub mod prefetch;
 pub mod stats;

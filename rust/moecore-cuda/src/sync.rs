@@ -1,5 +1,5 @@
 //! The words that two sides share: atomics in somebody's memory, or loom's under `--cfg moecore_loom`.
-#![cfg_attr(not(moecore_loom), expect(unsafe_code, reason = "memory shared with the GPU"))]
+#![expect(unsafe_code, reason = "memory shared with the GPU")]
 
 #[cfg(moecore_loom)]
 pub use loom::sync::atomic::{AtomicU64, Ordering};
@@ -58,13 +58,22 @@ impl Words {
     }
 }
 
-/// Words of a model, made as they are first used.
+/// Words of a model.
 #[cfg(moecore_loom)]
 #[derive(Debug)]
 pub struct Words(Vec<AtomicU64>);
 
 #[cfg(moecore_loom)]
 impl Words {
+    /// `count` words of the model's own: a model has no GPU's memory.
+    ///
+    /// # Safety
+    /// None is needed.
+    #[must_use]
+    pub unsafe fn new(_: std::ptr::NonNull<u8>, count: usize, _: Box<dyn std::any::Any + Send + Sync>) -> Self {
+        Self::zeros(count)
+    }
+
     /// `count` zeros.
     #[must_use]
     pub fn zeros(count: usize) -> Self {

@@ -1,6 +1,7 @@
 //! Bindings of `moecore-cuda`: addresses come as integers, the GIL is let go of around everything that may wait.
 #![expect(unsafe_code, reason = "addresses come from Python, whose caller answers for them")]
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,8 +12,8 @@ use moecore_cuda::context::Context;
 use moecore_cuda::copy::CopyStream;
 use moecore_cuda::engine::{self, Products, Setup};
 use moecore_cuda::kernels::{Format, Product};
-use moecore_cuda::pinned;
 use moecore_cuda::stream::Stream;
+use moecore_cuda::{image, nvrtc, pinned};
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
 
@@ -21,7 +22,21 @@ use crate::errors::to_python;
 /// Why there is no GPU to use, or None if there is one.
 #[pyfunction]
 pub fn cuda_available(py: Python<'_>) -> Option<String> {
+    if image::embedded().is_none() {
+        // Without NVIDIA's packages, the loader may know the compiler all the same.
+        nvrtc::search_in(nvidia_folders(py).unwrap_or_default());
+    }
     py.detach(|| moecore_cuda::is_available().err())
+}
+
+/// `lib` of NVIDIA's Python packages, which torch comes with.
+fn nvidia_folders(py: Python<'_>) -> PyResult<Vec<PathBuf>> {
+    let mut folders = Vec::new();
+    for root in py.import("nvidia")?.getattr("__path__")?.try_iter()? {
+        let packages = std::fs::read_dir(root?.extract::<PathBuf>()?)?;
+        folders.extend(packages.filter_map(Result::ok).map(|package| package.path().join("lib")));
+    }
+    Ok(folders)
 }
 
 fn format(py: Python<'_>, name: &str) -> PyResult<Format> {
@@ -102,9 +117,8 @@ pub fn setup(options: &Bound<'_, PyDict>) -> PyResult<Setup> {
     let number = |name: &str| -> PyResult<u64> {
         options.get_item(name)?.ok_or_else(|| pyo3::exceptions::PyKeyError::new_err(name.to_owned()))?.extract()
     };
-    let list = |name: &str| {
-        options.get_item(name)?.ok_or_else(|| pyo3::exceptions::PyKeyError::new_err(name.to_owned()))
-    };
+    let list =
+        |name: &str| options.get_item(name)?.ok_or_else(|| pyo3::exceptions::PyKeyError::new_err(name.to_owned()));
     let experts: Vec<u32> = list("experts")?.extract()?;
     let row_bytes: Vec<u64> = list("row_bytes")?.extract()?;
     Ok(Setup {
@@ -122,6 +136,7 @@ pub fn setup(options: &Bound<'_, PyDict>) -> PyResult<Setup> {
 impl CudaEngine {
     /// Finds the slots of a call's experts and brings those that are missing.
     #[pyo3(signature = (layer, ids, pairs, slots, phase, stream))]
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
     fn acquire(
         &self,
         py: Python<'_>,
@@ -140,6 +155,7 @@ impl CudaEngine {
 
     /// h[p] = act(gate) * up for each pair, over concatenated weights.
     #[pyo3(signature = (dtype, offset, x, slots, out, tokens, k, hidden, intermediate, act, stream))]
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
     fn expert_up(
         &self,
         py: Python<'_>,
@@ -176,6 +192,7 @@ impl CudaEngine {
 
     /// out[t] = sum over k of weight * down(h[t, k]).
     #[pyo3(signature = (dtype, offset, x, slots, weights, weights_float32, out, tokens, k, intermediate, hidden, stream))]
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
     fn expert_down(
         &self,
         py: Python<'_>,
@@ -213,6 +230,7 @@ impl CudaEngine {
 
     /// y[p] = W[slot] x (+ bias[slot]).
     #[pyo3(signature = (dtype, offset, bias_offset, transposed, row_per_pair, x, slots, out, tokens, k, inputs, outputs, stream))]
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
     fn slot_linear(
         &self,
         py: Python<'_>,
@@ -250,6 +268,7 @@ impl CudaEngine {
     }
 
     /// Changes the table in `stream`: (expert, slot or None).
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn update_table(&self, py: Python<'_>, entries: Vec<(u32, Option<u32>)>, stream: u64) -> PyResult<()> {
         // SAFETY: the caller has ordered the copies before.
         let launched = py.detach(|| unsafe { self.engine.update_table(&entries, Stream::from_raw(stream)) });

@@ -1,5 +1,7 @@
 //! What `cuda/fetch.cu` does with the mailbox, step by step, on the host.
 
+#![cfg_attr(moecore_loom, expect(dead_code, reason = "models run no whole calls"))]
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 
@@ -68,31 +70,32 @@ impl FakeGpu {
             if head >> 24 == STATUS_CLOSED {
                 return Err(STATUS_CLOSED);
             }
+            if tag == self.seq && head >> 24 != STATUS_OK {
+                return Err(head >> 24);
+            }
             if tag == self.seq
-                && let Some(cells) = self.inline(head)
+                && let Some(orders) = self.orders(head)
             {
-                fence(Ordering::Acquire);
-                if head >> 24 != STATUS_OK {
-                    return Err(head >> 24);
-                }
-                return Ok(cells.unwrap_or_else(|| self.list(head & 0xfff)));
+                return Ok(orders);
             }
             yield_now();
         }
         Err(STATUS_TIMEOUT)
     }
 
-    /// Orders in the answer itself: `None` if some are not there yet, `Some(None)` if they are in the list.
-    fn inline(&self, head: u32) -> Option<Option<Vec<RawOrder>>> {
+    /// The orders of an answer, once they are there, and with them what the host wrote before.
+    fn orders(&self, head: u32) -> Option<Vec<RawOrder>> {
         let count = (head & 0xfff) as usize;
         if count > INLINE_ORDERS {
-            return Some(None);
+            fence(Ordering::Acquire);
+            return Some((0..count).map(|at| self.listed(at)).collect());
         }
         let mut contents = Vec::new();
         for cell in 1..=count * ORDER_CELLS {
             let (tag, content) = halves(self.mailbox.word(ANSWER + cell * 8).load(Ordering::Relaxed));
             contents.push((tag == self.seq).then_some(content)?);
         }
+        fence(Ordering::Acquire);
         let order = |part: &[u32]| RawOrder {
             source: cell_word(part[1], part[0]),
             slot: part[2],
@@ -100,16 +103,13 @@ impl FakeGpu {
             evicted: part[4],
             reserved: [0; 3],
         };
-        Some(Some(contents.chunks(ORDER_CELLS).map(order).collect()))
+        Some(contents.chunks(ORDER_CELLS).map(order).collect())
     }
 
-    fn list(&self, count: u32) -> Vec<RawOrder> {
-        let order = |at: usize| {
-            let word = |i: usize| self.mailbox.word(ORDERS + (at * 4 + i) * 8).load(Ordering::Relaxed);
-            let (expert, slot) = halves(word(1));
-            RawOrder { source: word(0), slot, expert, evicted: halves(word(2)).1, reserved: [0; 3] }
-        };
-        (0..count as usize).map(order).collect()
+    fn listed(&self, at: usize) -> RawOrder {
+        let word = |i: usize| self.mailbox.word(ORDERS + (at * 4 + i) * 8).load(Ordering::Relaxed);
+        let (expert, slot) = halves(word(1));
+        RawOrder { source: word(0), slot, expert, evicted: halves(word(2)).1, reserved: [0; 3] }
     }
 
     /// One call: slots of the experts, or the status it failed with.

@@ -3,6 +3,7 @@
 //!
 //! A row is loom's `UnsafeCell`: loom itself reports a copy that the host's write does not happen before. Records have
 //! two places, an answer holds one order, and a list two, so that all is used again soon.
+#![expect(unsafe_code, reason = "cells that loom watches")]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -38,7 +39,7 @@ impl Row {
 
 fn model(run: impl Fn() + Sync + Send + 'static) {
     let mut builder = Builder::new();
-    builder.preemption_bound = Some(3);
+    builder.preemption_bound = Some(4);
     builder.check(run);
 }
 

@@ -53,7 +53,8 @@ impl HostDevice {
             let message = format!("memory for experts must be aligned to {SLOT_ALIGNMENT} bytes");
             return Err(Error::new(ErrorKind::Device, message));
         }
-        let rows = u32::try_from(bytes / row_bytes).map_err(|_| Error::new(ErrorKind::Device, "more than 2^32 slots"))?;
+        let rows =
+            u32::try_from(bytes / row_bytes).map_err(|_| Error::new(ErrorKind::Device, "more than 2^32 slots"))?;
         let row_bytes =
             usize::try_from(row_bytes).map_err(|_| Error::new(ErrorKind::Device, "a slot larger than memory"))?;
         Ok(Self { base, rows, row_bytes })

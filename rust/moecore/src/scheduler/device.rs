@@ -63,7 +63,8 @@ impl DeviceScheduler {
         telemetry: Arc<Telemetry>,
     ) -> Result<Self> {
         if slots == 0 {
-            let message = format!("the budget holds no expert; the smallest that works is {} bytes", store.slot_bytes());
+            let message =
+                format!("the budget holds no expert; the smallest that works is {} bytes", store.slot_bytes());
             return Err(Error::new(ErrorKind::Budget, message));
         }
         let experts: Vec<u32> = store.layers().iter().map(|layer| layer.experts).collect();
@@ -93,6 +94,7 @@ impl DeviceScheduler {
     /// Clears the ring for a prefill: its experts, which the device must forget before the ring is written.
     ///
     /// Every call that was enqueued before must have ended.
+    #[must_use]
     pub fn begin_prefill(&self) -> Vec<ExpertId> {
         let mut book = self.book();
         if book.prefill {
@@ -109,6 +111,7 @@ impl DeviceScheduler {
     }
 
     /// Gives the ring back to decoding, once its copies are over. True if a prefill was under way.
+    #[must_use]
     pub fn end_prefill(&self) -> bool {
         let mut book = self.book();
         let was = std::mem::take(&mut book.prefill);
@@ -121,6 +124,7 @@ impl DeviceScheduler {
     }
 
     /// Counts a call of a prefill, and says where each of its experts is.
+    #[must_use]
     pub fn prefill(&self, call: &Call) -> Vec<Place> {
         let mut book = self.book();
         let counters = self.0.telemetry.of(call.layer, call.phase);
@@ -150,6 +154,7 @@ impl DeviceScheduler {
     }
 
     /// Gives slots to experts of one layer as long as some are free and the layer has less than its share; the caller copies them there and tells the device.
+    #[must_use]
     pub fn admit(&self, experts: &[ExpertId]) -> Vec<(ExpertId, u32)> {
         let mut book = self.book();
         let cache = self.0.ring.first;
@@ -219,7 +224,9 @@ impl Decisions for DeviceScheduler {
         let (rows, addresses) = shared.fetch(call.layer, call.missing)?;
         // Nobody evicts an expert of the running call.
         let held: Vec<u32> = call.used.iter().filter_map(|&expert| book.residency.slot_of(expert)).collect();
-        held.iter().for_each(|&slot| book.residency.hold(slot));
+        for &slot in &held {
+            book.residency.hold(slot);
+        }
         let mut placed = Vec::with_capacity(call.missing.len());
         let mut failed = None;
         for (&expert, source) in call.missing.iter().zip(addresses) {
@@ -238,7 +245,9 @@ impl Decisions for DeviceScheduler {
             placed.push(slot);
             orders.push(Order::fetch(expert, slot, source, evicted));
         }
-        held.iter().for_each(|&slot| book.residency.release(slot));
+        for &slot in &held {
+            book.residency.release(slot);
+        }
         book.sources.push(rows);
         failed.map_or(Ok(()), Err)
     }

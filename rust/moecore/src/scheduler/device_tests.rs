@@ -111,11 +111,13 @@ fn a_prefill_borrows_the_ring_and_fills_free_slots_by_shares() {
     assert!(scheduler.admit(&[7]).is_empty(), "every slot of the cache is taken");
     assert!(scheduler.end_prefill());
     assert!(!scheduler.end_prefill());
-    evicted.iter().for_each(|expert| drop(device.table.remove(expert)));
+    for expert in &evicted {
+        device.table.remove(expert);
+    }
     assert_eq!(device.call(&rig, &[4, 5]).unwrap(), 2);
 
     let fresh = Device::new(&rig, 6).scheduler;
-    fresh.begin_prefill();
+    assert!(fresh.begin_prefill().is_empty());
     let admitted = fresh.admit(&[3, 1, 2, 0]);
     assert_eq!(admitted, [(3, 0), (1, 1)], "half of the four slots is one layer's share");
 }

@@ -13,6 +13,7 @@
 pub mod decisions;
 mod device;
 mod message;
+mod ring;
 mod rows;
 mod stream;
 mod worker;
@@ -98,7 +99,8 @@ impl HostScheduler {
     ) -> Result<Self> {
         let slots = memory.rows();
         if slots == 0 {
-            let message = format!("the budget holds no expert; the smallest that works is {} bytes", store.slot_bytes());
+            let message =
+                format!("the budget holds no expert; the smallest that works is {} bytes", store.slot_bytes());
             return Err(Error::new(ErrorKind::Budget, message));
         }
         let experts: Vec<u32> = store.layers().iter().map(|layer| layer.experts).collect();
@@ -107,14 +109,7 @@ impl HostScheduler {
         let (done, completions) = unbounded();
         let engine = reads(done)?;
         let ring = Ring::of(slots);
-        let shared = Arc::new(Shared {
-            store: store.clone(),
-            table,
-            telemetry: telemetry.clone(),
-            inbox,
-            ring,
-            slots,
-        });
+        let shared = Arc::new(Shared { store: store.clone(), table, telemetry: telemetry.clone(), inbox, ring, slots });
         let book = Residency::new(&experts, slots, policy);
         let worker = Worker::new(store, memory, book, writer, engine, telemetry, ring);
         let thread = std::thread::Builder::new()
@@ -158,8 +153,7 @@ impl HostScheduler {
     /// Makes experts of a layer resident and waits for them; no tokens are counted.
     pub fn hold(&self, layer: u32, experts: &[ExpertId]) -> Result<Rows> {
         let tokens = vec![0; experts.len()];
-        let mut pending =
-            self.acquire(Call { layer, phase: Phase::Decode, experts: experts.to_vec(), tokens })?;
+        let mut pending = self.acquire(Call { layer, phase: Phase::Decode, experts: experts.to_vec(), tokens })?;
         loop {
             match pending.wait(Duration::from_secs(1)) {
                 Ok(rows) => return Ok(rows),

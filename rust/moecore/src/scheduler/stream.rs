@@ -67,8 +67,7 @@ impl Stream {
         for (&expert, &tokens) in call.experts.iter().zip(&call.tokens) {
             shared.telemetry.routed(expert, u64::from(tokens));
         }
-        let mut order: Vec<(u32, ExpertId)> =
-            call.tokens.iter().copied().zip(call.experts.iter().copied()).collect();
+        let mut order: Vec<(u32, ExpertId)> = call.tokens.iter().copied().zip(call.experts.iter().copied()).collect();
         order.sort_by_key(|&(tokens, expert)| (std::cmp::Reverse(tokens), expert));
         (call.tokens, call.experts) = order.into_iter().unzip();
         let (reply, answer) = bounded(1);
@@ -104,8 +103,13 @@ impl Stream {
     }
 
     fn start(&self, plan: StreamPlan) -> Result<Running> {
-        let mut running =
-            Running { stream: plan.stream, reading: VecDeque::new(), left: plan.streamed.into(), half: 0, working: false };
+        let mut running = Running {
+            stream: plan.stream,
+            reading: VecDeque::new(),
+            left: plan.streamed.into(),
+            half: 0,
+            working: false,
+        };
         if !plan.cached.is_empty() {
             let (reply, answer) = bounded(1);
             self.shared.send(Message::StreamReady(plan.stream, reply))?;

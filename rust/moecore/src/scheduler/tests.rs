@@ -134,7 +134,8 @@ impl Rig {
         for (&expert, &slot) in experts.iter().zip(slots) {
             // SAFETY: the slot is held by the caller, so nobody writes to it.
             let row = unsafe { std::slice::from_raw_parts(self.memory.row(slot).as_ptr(), 5000) };
-            let wrong = (0..ROW).find(|&at| row[at as usize] != fake_byte(0, u64::from(expert) * ROW + 77 + at));
+            let wanted = |at: u64| fake_byte(0, u64::from(expert) * ROW + 77 + at);
+            let wrong = row.iter().zip(0..).find(|&(&byte, at)| byte != wanted(at));
             assert_eq!(wrong, None, "expert {expert} in slot {slot}");
         }
     }
@@ -154,7 +155,9 @@ pub(super) fn plain(reads: FakeReads) -> FakeReads {
 
 fn scripted(faults: &'static [(usize, Fault)]) -> impl FnOnce(FakeReads) -> FakeReads {
     move |reads| {
-        faults.iter().for_each(|&(job, fault)| reads.script(job, fault));
+        for &(job, fault) in faults {
+            reads.script(job, fault);
+        }
         reads
     }
 }

@@ -7,7 +7,8 @@ use std::time::Duration;
 use crossbeam_channel::{Receiver, Sender, select};
 
 use super::Ring;
-use super::message::{Answer, Call, Message, SharedError, Slots, StreamPlan};
+use super::message::{Answer, Call, Message, SharedError, Slots};
+use super::ring::StreamState;
 use crate::device::HostMemory;
 use crate::error::{Error, ErrorKind};
 use crate::experts::{ExpertId, ExpertStore};
@@ -19,81 +20,69 @@ use crate::telemetry::{Phase, Telemetry, add};
 const MAX_PREFETCHES: usize = 8;
 
 /// How often readers are asked whether they have left a slot. They leave within one layer's compute.
-const QUIET_POLL: Duration = Duration::from_micros(50);
+pub(super) const QUIET_POLL: Duration = Duration::from_micros(50);
 
 /// State of the thread.
 pub(super) struct Worker {
     /// First, so that it goes first: no read may outlive the memory.
-    engine: Box<dyn ReadEngine>,
-    store: Arc<ExpertStore>,
-    memory: Arc<dyn HostMemory>,
-    book: Residency,
-    writer: Writer,
-    telemetry: Arc<Telemetry>,
-    ring: Ring,
+    pub(super) engine: Box<dyn ReadEngine>,
+    pub(super) store: Arc<ExpertStore>,
+    pub(super) memory: Arc<dyn HostMemory>,
+    pub(super) book: Residency,
+    pub(super) writer: Writer,
+    pub(super) telemetry: Arc<Telemetry>,
+    pub(super) ring: Ring,
     /// Reads that were asked for, by tag.
-    fills: HashMap<u64, Fill>,
+    pub(super) fills: HashMap<u64, Fill>,
     /// Tag of the read of each expert that is on its way into the cache.
-    coming: HashMap<ExpertId, u64>,
+    pub(super) coming: HashMap<ExpertId, u64>,
     /// Reads whose slot may still be looked at by a reader.
-    draining: Vec<(Epoch, u64)>,
+    pub(super) draining: Vec<(Epoch, u64)>,
     /// Requests with reads under way.
-    requests: HashMap<u64, Request>,
+    pub(super) requests: HashMap<u64, Request>,
     /// Requests that have to wait for slots, first come first served.
-    parked: VecDeque<Message>,
-    prefetching: usize,
+    pub(super) parked: VecDeque<Message>,
+    pub(super) prefetching: usize,
     /// Slots that are held or being filled: nobody can have them.
-    busy: u32,
+    pub(super) busy: u32,
     /// Calls so far, and the last one that used each slot.
-    calls: u64,
-    last_call: Vec<u64>,
-    stream: Option<StreamState>,
-    ring_is_taken: bool,
-    streams: u64,
-    tags: u64,
+    pub(super) calls: u64,
+    pub(super) last_call: Vec<u64>,
+    pub(super) stream: Option<StreamState>,
+    pub(super) ring_is_taken: bool,
+    pub(super) streams: u64,
+    pub(super) tags: u64,
 }
 
 /// A read of one expert into one slot.
-struct Fill {
-    expert: ExpertId,
-    slot: u32,
-    urgency: Urgency,
+pub(super) struct Fill {
+    pub(super) expert: ExpertId,
+    pub(super) slot: u32,
+    pub(super) urgency: Urgency,
     /// Whether the slot belongs to the ring, where nothing stays.
-    transient: bool,
+    pub(super) transient: bool,
     /// Requests that wait for it.
-    waiters: Vec<u64>,
+    pub(super) waiters: Vec<u64>,
 }
 
 /// A caller who waits for the last of its reads.
-struct Request {
-    left: usize,
-    slots: Slots,
-    reply: Sender<Answer<Slots>>,
-    failed: Option<SharedError>,
+pub(super) struct Request {
+    pub(super) left: usize,
+    pub(super) slots: Slots,
+    pub(super) reply: Sender<Answer<Slots>>,
+    pub(super) failed: Option<SharedError>,
     /// Whether the slots are held for the caller, who gives them back.
-    holds: bool,
-}
-
-/// The stream that has the ring.
-struct StreamState {
-    number: u64,
-    held: Slots,
-    /// Reads into slots of the cache that the first wave waits for.
-    cached: Vec<u64>,
-    failed: Option<SharedError>,
-    /// Whether the caller is gone and the ring waits for its last reads.
-    ending: bool,
+    pub(super) holds: bool,
 }
 
 /// What became of a request.
-enum Outcome {
+pub(super) enum Outcome {
     Started,
     /// Not enough slots are free at the moment.
     Parked(Message),
 }
 
 impl Worker {
-    #[expect(clippy::too_many_arguments, reason = "made in one place")]
     pub(super) fn new(
         store: Arc<ExpertStore>,
         memory: Arc<dyn HostMemory>,
@@ -171,7 +160,7 @@ impl Worker {
         match message {
             Message::Used(call) => self.used(&call),
             Message::Demand(call, reply) => return self.demand(call, reply),
-            Message::Release(slots) => slots.into_iter().for_each(|slot| self.release(slot)),
+            Message::Release(slots) => self.release_all(slots),
             Message::Prefetch(experts) => self.prefetch(&experts),
             Message::Stream(call, reply) => return self.begin_stream(call, reply),
             Message::StreamReady(number, reply) => self.stream_ready(number, reply),
@@ -184,7 +173,7 @@ impl Worker {
         Outcome::Started
     }
 
-    fn used(&mut self, call: &Call) {
+    pub(super) fn used(&mut self, call: &Call) {
         self.book.tick();
         self.calls += 1;
         for (&expert, &tokens) in call.experts.iter().zip(&call.tokens) {
@@ -198,9 +187,11 @@ impl Worker {
 
     fn demand(&mut self, call: Call, reply: Sender<Answer<Slots>>) -> Outcome {
         let here: Vec<u32> = call.experts.iter().filter_map(|&expert| self.book.slot_of(expert)).collect();
-        here.iter().for_each(|&slot| self.hold(slot));
+        for &slot in &here {
+            self.hold(slot);
+        }
         if (self.obtainable() as usize) < call.experts.len() - here.len() {
-            here.into_iter().for_each(|slot| self.release(slot));
+            self.release_all(here);
             return Outcome::Parked(Message::Demand(call, reply));
         }
         self.used(&call);
@@ -276,7 +267,13 @@ impl Worker {
     }
 
     /// Finds a slot for an expert and has it read, once no reader looks at what lay there.
-    fn bring(&mut self, expert: ExpertId, urgency: Urgency, waiter: Option<u64>, phase: Phase) -> Option<u32> {
+    pub(super) fn bring(
+        &mut self,
+        expert: ExpertId,
+        urgency: Urgency,
+        waiter: Option<u64>,
+        phase: Phase,
+    ) -> Option<u32> {
         // A prefetch must not push out what the last two tokens have used.
         let recent = if urgency == Urgency::Prefetch { 2 * self.store.layers().len() as u64 } else { 0 };
         let (calls, last_call) = (self.calls, &self.last_call);
@@ -294,7 +291,7 @@ impl Worker {
     }
 
     /// Ends an expert's residency: readers find it no more.
-    fn evict(&mut self, expert: ExpertId, wasted: bool, phase: Phase) -> Epoch {
+    pub(super) fn evict(&mut self, expert: ExpertId, wasted: bool, phase: Phase) -> Epoch {
         let counters = self.telemetry.of(self.store.locate(expert).0, phase);
         add(&counters.evictions, 1);
         if wasted {
@@ -303,7 +300,7 @@ impl Worker {
         self.writer.retire(expert)
     }
 
-    fn start(&mut self, fill: Fill, epoch: Option<Epoch>) -> u64 {
+    pub(super) fn start(&mut self, fill: Fill, epoch: Option<Epoch>) -> u64 {
         self.tags += 1;
         self.fills.insert(self.tags, fill);
         match epoch {
@@ -389,7 +386,7 @@ impl Worker {
     }
 
     /// Answers a request whose last read is over, or keeps it.
-    fn settle(&mut self, number: u64, request: Request) {
+    pub(super) fn settle(&mut self, number: u64, request: Request) {
         if request.left > 0 {
             self.requests.insert(number, request);
             return;
@@ -399,7 +396,7 @@ impl Worker {
         let given_up = answer.is_err();
         // A caller that is gone holds nothing.
         if (reply.send(answer).is_err() || given_up) && holds {
-            slots.into_iter().for_each(|slot| self.release(slot));
+            self.release_all(slots);
         }
     }
 
@@ -409,123 +406,20 @@ impl Worker {
         error.with_tensor(format!("{name}, expert {expert}")).into()
     }
 
-    fn begin_stream(&mut self, call: Call, reply: Sender<Answer<StreamPlan>>) -> Outcome {
-        let ring_is_held = self.ring.slots().any(|slot| self.is_busy(slot));
-        if self.stream.is_some() || ring_is_held {
-            return Outcome::Parked(Message::Stream(call, reply));
-        }
-        self.ring_is_taken = true;
-        let mut quiet_at = None;
-        for slot in self.ring.slots() {
-            let wasted = self.book.prefetch().wasted;
-            let evicted = self.book.withdraw(slot).expect("the ring is not held");
-            let wasted = self.book.prefetch().wasted > wasted;
-            quiet_at = evicted.map(|expert| self.evict(expert, wasted, call.phase)).or(quiet_at);
-        }
-        // Readers leave within one layer's compute, and the ring is wanted whole.
-        while quiet_at.is_some_and(|epoch| !self.writer.is_quiet(epoch)) {
-            std::thread::sleep(QUIET_POLL);
-        }
-        self.streams += 1;
-        let mut stream = StreamState { number: self.streams, held: Vec::new(), cached: Vec::new(), failed: None, ending: false };
-        let mut plan = StreamPlan { stream: self.streams, cached: Vec::new(), streamed: Vec::new() };
-        let counters = self.telemetry.clone();
-        let counters = counters.of(call.layer, call.phase);
-        add(&counters.lookups, call.experts.len() as u64);
-        self.used(&call);
-        for &expert in &call.experts {
-            let slot = match self.book.slot_of(expert) {
-                Some(slot) => {
-                    let on_its_way = self.coming.get(&expert).copied();
-                    add(if on_its_way.is_some() { &counters.late } else { &counters.hits }, 1);
-                    stream.cached.extend(on_its_way);
-                    Some(slot)
-                }
-                None => {
-                    add(&counters.misses, 1);
-                    add(&counters.demand_bytes, self.store.row_bytes(expert));
-                    let room = self.has_room(call.layer);
-                    let slot = room.then(|| self.bring(expert, Urgency::Demand, None, call.phase)).flatten();
-                    stream.cached.extend(slot.map(|_| self.tags));
-                    slot
-                }
-            };
-            if let Some(slot) = slot {
-                self.hold(slot);
-                stream.held.push(slot);
-                plan.cached.push((expert, slot));
-            } else {
-                plan.streamed.push(expert);
-            }
-        }
-        self.stream = Some(stream);
-        if reply.send(Ok(plan)).is_err() {
-            self.end_stream(self.streams);
-        }
-        Outcome::Started
-    }
-
-    fn stream_ready(&mut self, number: u64, reply: Sender<Answer<Slots>>) {
-        let Some(stream) = self.stream.as_ref().filter(|stream| stream.number == number) else { return };
-        let (tags, slots, failed) = (stream.cached.clone(), stream.held.clone(), stream.failed.clone());
-        self.wait_for(&tags, slots, failed, reply);
-    }
-
-    fn fill_ring(&mut self, number: u64, fill: &[(ExpertId, u32)], reply: Sender<Answer<Slots>>) {
-        if self.stream.as_ref().is_none_or(|stream| stream.number != number) {
-            return;
-        }
-        let tags: Vec<u64> = fill
-            .iter()
-            .map(|&(expert, slot)| {
-                let fill = Fill { expert, slot, urgency: Urgency::Demand, transient: true, waiters: Vec::new() };
-                self.start(fill, None)
-            })
-            .collect();
-        let slots = fill.iter().map(|&(_, slot)| slot).collect();
-        self.wait_for(&tags, slots, None, reply);
-    }
-
-    /// Answers when the reads that are still under way are over.
-    fn wait_for(&mut self, tags: &[u64], slots: Slots, failed: Option<SharedError>, reply: Sender<Answer<Slots>>) {
-        let number = self.number();
-        let mut request = Request { left: 0, slots, reply, failed, holds: false };
-        for tag in tags {
-            if let Some(fill) = self.fills.get_mut(tag) {
-                fill.waiters.push(number);
-                request.left += 1;
-            }
-        }
-        self.settle(number, request);
-    }
-
-    fn end_stream(&mut self, number: u64) {
-        let Some(stream) = self.stream.as_mut().filter(|stream| stream.number == number) else { return };
-        stream.ending = true;
-        std::mem::take(&mut stream.held).into_iter().for_each(|slot| self.release(slot));
-        self.free_ring();
-    }
-
-    /// Reads that a stream left behind still write to the ring: only after them is it anybody's again.
-    fn free_ring(&mut self) {
-        let ending = self.stream.as_ref().is_some_and(|stream| stream.ending);
-        if ending && !self.fills.values().any(|fill| fill.transient) {
-            self.stream = None;
-            self.ring_is_taken = false;
-            for slot in self.ring.slots() {
-                self.book.free(slot);
-            }
-        }
-    }
-
-    fn hold(&mut self, slot: u32) {
+    pub(super) fn hold(&mut self, slot: u32) {
         self.busy += u32::from(!self.is_busy(slot));
         self.book.hold(slot);
     }
 
-    fn release(&mut self, slot: u32) {
+    pub(super) fn release(&mut self, slot: u32) {
         self.book.release(slot);
         self.busy -= u32::from(!self.is_busy(slot));
+    }
+
+    fn release_all(&mut self, slots: Slots) {
+        for slot in slots {
+            self.release(slot);
+        }
     }
 
     fn fill(&mut self, slot: u32, filling: bool) {
@@ -534,7 +428,7 @@ impl Worker {
         self.busy = self.busy + u32::from(self.is_busy(slot)) - u32::from(before);
     }
 
-    fn is_busy(&self, slot: u32) -> bool {
+    pub(super) fn is_busy(&self, slot: u32) -> bool {
         self.book.holds(slot) > 0 || self.book.is_filling(slot)
     }
 
@@ -543,19 +437,13 @@ impl Worker {
         self.in_use() - self.busy
     }
 
-    /// Whether a stream may fill a free slot: no layer takes more than its share, or the first would take all.
-    fn has_room(&self, layer: u32) -> bool {
-        let layers = u32::try_from(self.store.layers().len()).unwrap_or(u32::MAX);
-        self.book.resident() < self.in_use() && self.book.occupancy(layer) < self.in_use().div_ceil(layers)
-    }
-
     /// Slots of the cache: all of them, or all but the ring while somebody streams.
-    fn in_use(&self) -> u32 {
+    pub(super) fn in_use(&self) -> u32 {
         let all = self.memory.rows();
         if self.ring_is_taken { self.ring.first } else { all }
     }
 
-    fn number(&mut self) -> u64 {
+    pub(super) fn number(&mut self) -> u64 {
         self.tags += 1;
         self.tags
     }
