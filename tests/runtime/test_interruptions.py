@@ -19,7 +19,6 @@ import shipped
 import tiny
 import torch
 import transformers
-from fakehub import FakeHub
 from moecore.errors import DeviceError, MoecoreError
 from shipped import SLOT, TINY_MOE, greedy, load, logits, prompt, running
 
@@ -216,7 +215,10 @@ def test_close_while_another_thread_generates(length: int) -> None:
         assert "were closed; load or wrap the model again" in str(caught[0])
 
 
-def test_a_repo_of_the_hub(tmp_path: Path, truth: list[torch.Tensor]) -> None:
+def test_a_repo_of_the_hub(tmp_path: Path, truth: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(TINY_MOE.parents[1]))
+    from fakehub import FakeHub
+
     files = {path.name: path.read_bytes() for path in TINY_MOE.iterdir() if path.suffix in (".json", ".safetensors")}
     with FakeHub() as hub:
         hub.add("org/tiny", files)

@@ -92,11 +92,10 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("share", [12, 50])
-def test_the_budget_holds(share: int, big: Path) -> None:
+def test_the_budget_holds(big: Path) -> None:
     found = measured(
         """
-        model = moecore.load(folder, expert_memory=sys.argv[2] + "%", device="cpu")
+        model = moecore.load(folder, expert_memory="12%", device="cpu")
         base = status("VmRSS")
         peak()
         run(model, prompt)
@@ -105,12 +104,11 @@ def test_the_budget_holds(share: int, big: Path) -> None:
         print(json.dumps([base, status("VmHWM"), stats.slots, stats.total.evictions]))
         """,
         big,
-        share,
     )
     base, highest, slots, evictions = found
     arena = slots * ROW
-    assert arena <= EXPERTS * share / 100
-    assert evictions > 20, "more than the budget has to have passed"
+    assert arena <= EXPERTS * 12 / 100
+    assert evictions > 100, "more than the budget has to have passed"
     assert highest - base <= arena * SLACK + ALLOWANCE
 
 
@@ -202,18 +200,17 @@ def test_close_frees_the_slots(big: Path) -> None:
 CYCLES = """
     how, found = sys.argv[2], []
     with tiny.quiet():
-        if how in ("wrap", "failed"):
+        if how == "wrap":
             model = tiny.build("qwen3_moe")
         for cycle in range(int(sys.argv[3])):
             if how == "wrap":
-                moecore.wrap(model, expert_memory="50%")
-                run(model, prompt % 100)
-                moecore.unwrap(model)
-            elif how == "failed":
                 try:
                     moecore.wrap(model, expert_memory=1)
                 except moecore.MoecoreError:
                     pass
+                moecore.wrap(model, expert_memory="50%")
+                run(model, prompt % 100)
+                moecore.unwrap(model)
             else:
                 loaded = moecore.load(folder, expert_memory="50%", device="cpu")
                 run(loaded, prompt % 100)
@@ -227,7 +224,7 @@ CYCLES = """
 """
 
 
-@pytest.mark.parametrize(("how", "cycles"), [("closed", 200), ("dropped", 200), ("wrap", 60), ("failed", 40)])
+@pytest.mark.parametrize(("how", "cycles"), [("closed", 200), ("dropped", 100), ("wrap", 40)])
 def test_cycles_leave_nothing(how: str, cycles: int, checkpoints: Path) -> None:
     """An arena is 2.3 MiB: had one in five leaked, the second half of the cycles would show it."""
     early, late = measured(CYCLES, tiny.checkpoint("qwen3_moe", checkpoints), how, cycles)

@@ -36,7 +36,14 @@ pub struct HostRows {
 impl HostRows {
     #[new]
     #[pyo3(signature = (store, *, device, rows, policy, threads = 8))]
-    fn new(py: Python<'_>, store: &ExpertStore, device: u32, rows: u32, policy: &str, threads: usize) -> PyResult<Self> {
+    fn new(
+        py: Python<'_>,
+        store: &ExpertStore,
+        device: u32,
+        rows: u32,
+        policy: &str,
+        threads: usize,
+    ) -> PyResult<Self> {
         let store = store.0.clone();
         let telemetry = Arc::new(Telemetry::new(store.layers().len(), store.experts() as usize));
         let start = || {
@@ -186,11 +193,20 @@ impl CudaExperts {
     }
 
     /// Gives the ring back. Its copies must be over, or be waited for by the stream that runs the next call.
-    fn end_prefill(&self) -> bool {
-        self.scheduler.end_prefill()
+    fn end_prefill(&self, py: Python<'_>) -> PyResult<bool> {
+        let end = || {
+            // Rows that are held for a copy of long ago would be missing below.
+            let mut sources = self.sources();
+            for half in 0..sources.len() {
+                self.leave(&mut sources, half)?;
+            }
+            Ok(self.scheduler.end_prefill())
+        };
+        py.detach(end).map_err(|error: Error| to_python(py, &error))
     }
 
     /// Counts a call of a prefill; whether each of its experts is on the device.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn prefill(&self, layer: u32, experts: Vec<u32>, tokens: Vec<u32>) -> Vec<bool> {
         let experts = self.ids(layer, &experts);
         let call = Call { layer, phase: Phase::Prefill, experts, tokens };
@@ -199,6 +215,7 @@ impl CudaExperts {
 
     /// Brings experts of a layer into the first slots of a half of the ring, with the copy engine, once `stream` has
     /// come here. Returns when the copies are enqueued.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn stage(&self, py: Python<'_>, half: usize, layer: u32, experts: Vec<u32>, stream: u64) -> PyResult<()> {
         py.detach(|| self.stage_now(half, layer, &experts, stream)).map_err(|error| to_python(py, &error))
     }
@@ -209,6 +226,7 @@ impl CudaExperts {
     }
 
     /// Gives slots to experts of a layer as long as some are free: (expert, slot). The caller copies them there.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
     fn admit(&self, layer: u32, experts: Vec<u32>) -> Vec<(u32, u32)> {
         let first = self.store.first(layer);
         let admitted = self.scheduler.admit(&self.ids(layer, &experts));
@@ -243,16 +261,21 @@ impl CudaExperts {
         experts.iter().filter_map(|&expert| self.store.id(layer, expert)).collect()
     }
 
+    /// The rows of a half's last copies may be given away when these are over.
+    fn leave(&self, sources: &mut [Option<Rows>], half: usize) -> Result<()> {
+        while sources[half].is_some() && !self.copies.is_done(half)? {
+            std::thread::sleep(std::time::Duration::from_micros(20));
+        }
+        sources[half] = None;
+        Ok(())
+    }
+
     fn stage_now(&self, half: usize, layer: u32, experts: &[u32], stream: u64) -> Result<()> {
         let ids = self.ids(layer, experts);
         let ring = self.scheduler.ring();
         let slot_at = |slot: u32| self.arena + u64::from(slot) * self.store.slot_bytes();
         let mut sources = self.sources();
-        // The rows of the half's last copies may be given away when these are over.
-        while sources[half].is_some() && !self.copies.is_done(half)? {
-            std::thread::sleep(std::time::Duration::from_micros(20));
-        }
-        sources[half] = None;
+        self.leave(&mut sources, half)?;
         let places = self.scheduler.places(&ids);
         let below: Vec<u32> =
             ids.iter().zip(&places).filter(|(_, place)| **place == Place::Below).map(|(&id, _)| id).collect();

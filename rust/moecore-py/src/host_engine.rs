@@ -55,7 +55,9 @@ impl HostEngine {
             let files = store.files().to_vec();
             let options = ReadOptions { threads, ..ReadOptions::default() };
             let reads = Box::new(move |done| io::open(&files, &options, done));
-            let policy = policy.parse().map_err(|unknown: UnknownPolicy| Error::new(ErrorKind::InvalidTarget, unknown.to_string()))?;
+            let policy = policy
+                .parse()
+                .map_err(|unknown: UnknownPolicy| Error::new(ErrorKind::InvalidTarget, unknown.to_string()))?;
             HostScheduler::start(store.clone(), Arc::new(memory), policy, telemetry.clone(), reads)
         };
         let scheduler = py.detach(start).map_err(|error| to_python(py, &error))?;
@@ -63,7 +65,14 @@ impl HostEngine {
     }
 
     /// Makes experts of a layer resident and holds them until the result is released.
-    fn acquire(&self, py: Python<'_>, layer: u32, experts: Vec<u32>, tokens: Vec<u32>, prefill: bool) -> PyResult<Rows> {
+    fn acquire(
+        &self,
+        py: Python<'_>,
+        layer: u32,
+        experts: Vec<u32>,
+        tokens: Vec<u32>,
+        prefill: bool,
+    ) -> PyResult<Rows> {
         let scheduler = self.open(py)?;
         let call = self.call(py, layer, experts, tokens, prefill)?;
         let mut pending = scheduler.acquire(call).map_err(|error| to_python(py, &error))?;
@@ -81,7 +90,14 @@ impl HostEngine {
     }
 
     /// Streams experts of a layer in waves.
-    fn stream(&self, py: Python<'_>, layer: u32, experts: Vec<u32>, tokens: Vec<u32>, prefill: bool) -> PyResult<Stream> {
+    fn stream(
+        &self,
+        py: Python<'_>,
+        layer: u32,
+        experts: Vec<u32>,
+        tokens: Vec<u32>,
+        prefill: bool,
+    ) -> PyResult<Stream> {
         let scheduler = self.open(py)?;
         let call = self.call(py, layer, experts, tokens, prefill)?;
         let waves = scheduler.stream(call).map_err(|error| to_python(py, &error))?;

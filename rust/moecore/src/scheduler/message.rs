@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crossbeam_channel::Sender;
 
+use super::rows::Rows;
 use crate::error::{Error, ErrorKind};
 use crate::experts::ExpertId;
 use crate::telemetry::Phase;
@@ -76,7 +77,7 @@ pub(super) enum Message {
     /// These were used and all of them were resident: the policy wants to know.
     Used(Call),
     /// Make all of them resident, hold them, and say where they are.
-    Demand(Call, Sender<Answer<Slots>>),
+    Demand(Call, Sender<Answer<Rows>>),
     /// The slots of a demand are not needed any more.
     Release(Slots),
     /// Bring these where there is room, when the disk has nothing better to do.
@@ -84,9 +85,9 @@ pub(super) enum Message {
     /// Begin to stream a layer: take the ring, hold what is resident, fill free slots.
     Stream(Call, Sender<Answer<StreamPlan>>),
     /// Say when the cached experts of a stream are all there.
-    StreamReady(u64, Sender<Answer<Slots>>),
+    StreamReady(u64, Sender<Answer<Rows>>),
     /// Read experts into the slots of the ring beside them.
-    Fill(u64, Vec<(ExpertId, u32)>, Sender<Answer<Slots>>),
+    Fill(u64, Vec<(ExpertId, u32)>, Sender<Answer<Rows>>),
     /// Give back the ring and what a stream held.
     StreamEnd(u64),
     /// A slot for an expert whose bytes the caller brings.

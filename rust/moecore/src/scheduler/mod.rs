@@ -111,7 +111,7 @@ impl HostScheduler {
         let ring = Ring::of(slots);
         let shared = Arc::new(Shared { store: store.clone(), table, telemetry: telemetry.clone(), inbox, ring, slots });
         let book = Residency::new(&experts, slots, policy);
-        let worker = Worker::new(store, memory, book, writer, engine, telemetry, ring);
+        let worker = Worker::new(store, memory, book, writer, engine, telemetry, ring, shared.inbox.clone());
         let thread = std::thread::Builder::new()
             .name("moecore-scheduler".into())
             .spawn(move || worker.run(&messages, &completions))
@@ -140,6 +140,11 @@ impl HostScheduler {
                 return Ok(Pending::ready(Rows::leased(slots, lease)));
             }
         }
+        self.demand(call)
+    }
+
+    /// Asks the thread, whatever is resident.
+    fn demand(&self, call: Call) -> Result<Pending> {
         if call.experts.len() > self.shared.slots as usize {
             return Err(self.too_small(call.experts.len()));
         }
@@ -150,10 +155,15 @@ impl HostScheduler {
         Ok(Pending(PendingState::Waiting(pending)))
     }
 
-    /// Makes experts of a layer resident and waits for them; no tokens are counted.
+    /// Makes experts of a layer resident, waits for them, and keeps them for as long as it takes; no tokens are counted.
+    ///
+    /// A lease is for the time of one computation: as long as it lives, no slot that was given up is written again. So
+    /// a hold is kept in the book instead, unless every expert has a slot and none is ever given up.
     pub fn hold(&self, layer: u32, experts: &[ExpertId]) -> Result<Rows> {
-        let tokens = vec![0; experts.len()];
-        let mut pending = self.acquire(Call { layer, phase: Phase::Decode, experts: experts.to_vec(), tokens })?;
+        self.check_process()?;
+        let call = Call { layer, phase: Phase::Decode, experts: experts.to_vec(), tokens: vec![0; experts.len()] };
+        let mut pending =
+            if self.shared.slots >= self.shared.store.experts() { self.acquire(call)? } else { self.demand(call)? };
         loop {
             match pending.wait(Duration::from_secs(1)) {
                 Ok(rows) => return Ok(rows),
@@ -260,7 +270,7 @@ enum PendingState {
 #[derive(Debug)]
 struct Waiting {
     shared: Arc<Shared>,
-    answer: Receiver<Answer<Slots>>,
+    answer: Receiver<Answer<Rows>>,
     since: Instant,
     layer: u32,
     phase: Phase,
@@ -280,10 +290,10 @@ impl Pending {
             PendingState::Waiting(waiting) => waiting,
         };
         match waiting.answer.recv_timeout(patience) {
-            Ok(Ok(slots)) => {
+            Ok(Ok(rows)) => {
                 let stall = u64::try_from(waiting.since.elapsed().as_nanos()).unwrap_or(u64::MAX);
                 add(&waiting.shared.telemetry.of(waiting.layer, waiting.phase).stall_ns, stall);
-                Ok(Rows::held(slots, waiting.shared.inbox.clone()))
+                Ok(rows)
             }
             Ok(Err(error)) => Err(Unfinished::Failed(error.to_error())),
             Err(RecvTimeoutError::Timeout) => Err(Unfinished::Waiting(Self(PendingState::Waiting(waiting)))),

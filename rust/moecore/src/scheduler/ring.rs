@@ -3,6 +3,7 @@
 use crossbeam_channel::Sender;
 
 use super::message::{Answer, Call, Message, SharedError, Slots, StreamPlan};
+use super::rows::Rows;
 use super::worker::{Fill, Outcome, QUIET_POLL, Request, Worker};
 use crate::experts::ExpertId;
 use crate::io::Urgency;
@@ -74,13 +75,13 @@ impl Worker {
         Outcome::Started
     }
 
-    pub(super) fn stream_ready(&mut self, number: u64, reply: Sender<Answer<Slots>>) {
+    pub(super) fn stream_ready(&mut self, number: u64, reply: Sender<Answer<Rows>>) {
         let Some(stream) = self.stream.as_ref().filter(|stream| stream.number == number) else { return };
         let (tags, slots, failed) = (stream.cached.clone(), stream.held.clone(), stream.failed.clone());
         self.wait_for(&tags, slots, failed, reply);
     }
 
-    pub(super) fn fill_ring(&mut self, number: u64, fill: &[(ExpertId, u32)], reply: Sender<Answer<Slots>>) {
+    pub(super) fn fill_ring(&mut self, number: u64, fill: &[(ExpertId, u32)], reply: Sender<Answer<Rows>>) {
         if self.stream.as_ref().is_none_or(|stream| stream.number != number) {
             return;
         }
@@ -101,7 +102,7 @@ impl Worker {
         tags: &[u64],
         slots: Slots,
         failed: Option<SharedError>,
-        reply: Sender<Answer<Slots>>,
+        reply: Sender<Answer<Rows>>,
     ) {
         let number = self.number();
         let mut request = Request { left: 0, slots, reply, failed, holds: false };

@@ -17,13 +17,20 @@ pub struct Rows {
 enum Hold {
     /// All were resident: the lease of a reader.
     Lease(#[expect(dead_code, reason = "held for its drop")] OwnedLease),
-    /// Some had to be brought: a count in the scheduler's book.
+    /// Some had to be brought: a count in the scheduler's book. An answer that nobody takes out of its channel is dropped
+    /// with it, and so gives its slots back.
     Book(Sender<Message>),
+    /// They belong to a stream, which holds them itself.
+    Stream,
 }
 
 impl Rows {
     pub(super) fn leased(slots: Vec<u32>, lease: OwnedLease) -> Self {
         Self { slots, hold: Hold::Lease(lease) }
+    }
+
+    pub(super) fn of_stream(slots: Vec<u32>) -> Self {
+        Self { slots, hold: Hold::Stream }
     }
 
     pub(super) fn held(slots: Vec<u32>, inbox: Sender<Message>) -> Self {

@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, bounded};
 
-use super::message::{Answer, Call, Message, Slots, StreamPlan, stopped};
+use super::message::{Answer, Call, Message, StreamPlan, stopped};
+use super::rows::Rows;
 use super::{Ring, Shared};
 use crate::error::{Error, Result};
 use crate::experts::ExpertId;
@@ -52,7 +53,7 @@ enum State {
 struct Running {
     stream: u64,
     /// Waves that are being read, in order.
-    reading: VecDeque<(Wave, Receiver<Answer<Slots>>)>,
+    reading: VecDeque<(Wave, Receiver<Answer<Rows>>)>,
     /// Experts that nobody has asked to read yet.
     left: VecDeque<ExpertId>,
     /// Half of the ring that the next read goes to.

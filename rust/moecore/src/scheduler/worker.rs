@@ -9,6 +9,7 @@ use crossbeam_channel::{Receiver, Sender, select};
 use super::Ring;
 use super::message::{Answer, Call, Message, SharedError, Slots};
 use super::ring::StreamState;
+use super::rows::Rows;
 use crate::device::HostMemory;
 use crate::error::{Error, ErrorKind};
 use crate::experts::{ExpertId, ExpertStore};
@@ -32,6 +33,8 @@ pub(super) struct Worker {
     pub(super) writer: Writer,
     pub(super) telemetry: Arc<Telemetry>,
     pub(super) ring: Ring,
+    /// Where slots that a caller holds come back to.
+    pub(super) inbox: Sender<Message>,
     /// Reads that were asked for, by tag.
     pub(super) fills: HashMap<u64, Fill>,
     /// Tag of the read of each expert that is on its way into the cache.
@@ -69,7 +72,7 @@ pub(super) struct Fill {
 pub(super) struct Request {
     pub(super) left: usize,
     pub(super) slots: Slots,
-    pub(super) reply: Sender<Answer<Slots>>,
+    pub(super) reply: Sender<Answer<Rows>>,
     pub(super) failed: Option<SharedError>,
     /// Whether the slots are held for the caller, who gives them back.
     pub(super) holds: bool,
@@ -83,6 +86,7 @@ pub(super) enum Outcome {
 }
 
 impl Worker {
+    #[expect(clippy::too_many_arguments, reason = "made in one place")]
     pub(super) fn new(
         store: Arc<ExpertStore>,
         memory: Arc<dyn HostMemory>,
@@ -91,6 +95,7 @@ impl Worker {
         engine: Box<dyn ReadEngine>,
         telemetry: Arc<Telemetry>,
         ring: Ring,
+        inbox: Sender<Message>,
     ) -> Self {
         let last_call = vec![0; memory.rows() as usize];
         Self {
@@ -101,6 +106,7 @@ impl Worker {
             writer,
             telemetry,
             ring,
+            inbox,
             fills: HashMap::new(),
             coming: HashMap::new(),
             draining: Vec::new(),
@@ -185,7 +191,7 @@ impl Worker {
         }
     }
 
-    fn demand(&mut self, call: Call, reply: Sender<Answer<Slots>>) -> Outcome {
+    fn demand(&mut self, call: Call, reply: Sender<Answer<Rows>>) -> Outcome {
         let here: Vec<u32> = call.experts.iter().filter_map(|&expert| self.book.slot_of(expert)).collect();
         for &slot in &here {
             self.hold(slot);
@@ -392,12 +398,18 @@ impl Worker {
             return;
         }
         let Request { slots, reply, failed, holds, .. } = request;
-        let answer = failed.map_or_else(|| Ok(slots.clone()), Err);
-        let given_up = answer.is_err();
-        // A caller that is gone holds nothing.
-        if (reply.send(answer).is_err() || given_up) && holds {
-            self.release_all(slots);
-        }
+        let answer = match failed {
+            Some(failure) => {
+                if holds {
+                    self.release_all(slots);
+                }
+                Err(failure)
+            }
+            None if holds => Ok(Rows::held(slots, self.inbox.clone())),
+            None => Ok(Rows::of_stream(slots)),
+        };
+        // A caller that is gone leaves the rows here, and dropping them releases the slots.
+        let _ = reply.send(answer);
     }
 
     fn explain(&self, fill: &Fill, error: Error) -> SharedError {

@@ -102,7 +102,7 @@ fn no_reader_sees_poison_or_another_expert() {
         hits
     };
     thread::scope(|scope| {
-        let readers = [1, 2, 3].map(|seed| scope.spawn(move || read(seed * 0x5851_f42d_4c95_7f2d)));
+        let readers = [1, 2, 3].map(|seed| scope.spawn(move || read(0x5851_f42d_4c95_7f2d_u64.wrapping_mul(seed))));
         let evictions = churn(&mut writer, &slots, &running);
         let hits = readers.map(|reader| reader.join().expect("no fault"));
         // A stress that finds nothing proves nothing.
