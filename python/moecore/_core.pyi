@@ -345,6 +345,9 @@ class CudaExperts:
     def admit(self, layer: int, experts: list[int]) -> list[tuple[int, int]]:
         """Gives slots to experts of a layer as long as some are free: (expert, slot). The caller copies them there."""
 
+    def settle(self, layer: int, experts: list[int]) -> None:
+        """The copies of admitted experts of a layer are enqueued."""
+
     def stats(self) -> _Stats:
         """Counters of each layer, prefill and decode, and tokens routed to each expert in prefill."""
 

@@ -192,6 +192,7 @@ class CudaBackend:
             if number + 1 < len(waves) and self.halves == 1:
                 self.core.stage(0, layer, waves[number + 1], stream)
         self.engine.update_table([(self._id(layer, expert), slot) for expert, slot in keep.items()], stream)
+        self.core.settle(layer, list(keep))
         self._go_ahead(layer, len(experts), (first_half + len(waves)) % self.halves, stream)
         return compute.combine(taken, out, weights, hidden.shape[0], hidden.dtype, index)
 

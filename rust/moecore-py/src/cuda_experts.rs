@@ -233,6 +233,12 @@ impl CudaExperts {
         admitted.into_iter().map(|(id, slot)| (id - first, slot)).collect()
     }
 
+    /// The copies of admitted experts of a layer are enqueued.
+    #[expect(clippy::needless_pass_by_value, reason = "extracted from Python")]
+    fn settle(&self, layer: u32, experts: Vec<u32>) {
+        self.scheduler.settle(&self.ids(layer, &experts));
+    }
+
     /// Counters of each layer, prefill and decode, and tokens routed to each expert in prefill.
     fn stats(&self) -> Stats {
         stats(&self.telemetry)

@@ -7,6 +7,7 @@
 //! everything call `n` used is free, so a victim that call `n + 1` does not use itself may be overwritten at once, and
 //! the host rows that call `n` was fetched from may be given away.
 
+use std::collections::HashSet;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::decisions::{Decisions, DeviceCall, Order};
@@ -41,6 +42,8 @@ struct Book {
     /// Host rows that the last call is fetched from.
     sources: Vec<Rows>,
     prefill: bool,
+    /// Experts that have a slot whose bytes are still on their way.
+    admitted: HashSet<ExpertId>,
 }
 
 /// Where the bytes of an expert are.
@@ -69,7 +72,7 @@ impl DeviceScheduler {
         }
         let experts: Vec<u32> = store.layers().iter().map(|layer| layer.experts).collect();
         let residency = Residency::new(&experts, slots, policy);
-        let book = Mutex::new(Book { residency, sources: Vec::new(), prefill: false });
+        let book = Mutex::new(Book { residency, sources: Vec::new(), prefill: false, admitted: HashSet::new() });
         Ok(Self(Arc::new(Shared { store, rows, memory, telemetry, ring: Ring::of(slots), book })))
     }
 
@@ -149,7 +152,8 @@ impl DeviceScheduler {
     #[must_use]
     pub fn places(&self, experts: &[ExpertId]) -> Vec<Place> {
         let book = self.book();
-        let place = |&expert: &ExpertId| book.residency.slot_of(expert).map_or(Place::Below, Place::Slot);
+        let slot_of = |expert| book.residency.slot_of(expert).filter(|_| !book.admitted.contains(&expert));
+        let place = |&expert: &ExpertId| slot_of(expert).map_or(Place::Below, Place::Slot);
         experts.iter().map(place).collect()
     }
 
@@ -169,9 +173,18 @@ impl DeviceScheduler {
                 && let Ok(placement) = book.residency.place(expert, |_| false)
             {
                 admitted.push((expert, placement.slot));
+                book.admitted.insert(expert);
             }
         }
         admitted
+    }
+
+    /// The copies of admitted experts are enqueued: from here on they are where the book says.
+    pub fn settle(&self, experts: &[ExpertId]) {
+        let mut book = self.book();
+        for expert in experts {
+            book.admitted.remove(expert);
+        }
     }
 
     /// Host rows of some experts of a call, and their addresses; the rows stay while the guard lives.
@@ -243,6 +256,7 @@ impl Decisions for DeviceScheduler {
                 add(&shared.telemetry.of(call.layer, Phase::Decode).evictions, 1);
             }
             placed.push(slot);
+            book.admitted.remove(&expert);
             orders.push(Order::fetch(expert, slot, source, evicted));
         }
         for &slot in &held {

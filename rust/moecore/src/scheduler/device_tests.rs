@@ -120,4 +120,8 @@ fn a_prefill_borrows_the_ring_and_fills_free_slots_by_shares() {
     assert!(fresh.begin_prefill().is_empty());
     let admitted = fresh.admit(&[3, 1, 2, 0]);
     assert_eq!(admitted, [(3, 0), (1, 1)], "half of the four slots is one layer's share");
+    // Their bytes are not there yet: a copy from their slots would bring what lay there before.
+    assert_eq!(fresh.places(&[3, 1]), [Place::Below, Place::Below]);
+    fresh.settle(&[3]);
+    assert_eq!(fresh.places(&[3, 1]), [Place::Slot(0), Place::Below]);
 }
