@@ -320,7 +320,8 @@ class Bench:
             self.row(MAIN, batch, mode, second=mode == GRAPH)
             self.own(batch, mode)
             if mode == EAGER:
-                del self.lanes[batch, False], self.lanes[batch, True]  # their static caches
+                for own in (False, True):  # their static caches
+                    self.lanes.pop((batch, own), None)
 
 
 def main() -> int:

@@ -203,6 +203,7 @@ static __device__ void settle(const AcquireArgs &a, u32 seq, u32 turn, const Cal
 
 // Called by all threads of all blocks of a call with a miss, after its record: waits, copies, settles.
 static __device__ void serve(const AcquireArgs &a, u32 seq, u32 turn, u32 broken, Call &call) {
+    const u64 begin = nanoseconds();
     if (threadIdx.x < LANES) {
         const u32 status = broken ? broken & 0xffu : hear(a.state, a.mailbox, seq, call.orders);
         if (threadIdx.x == 0) {
@@ -222,6 +223,9 @@ static __device__ void serve(const AcquireArgs &a, u32 seq, u32 turn, u32 broken
         settle(a, seq, turn, call);
     if (call.status == STATUS_OK)
         copy_rows(call.orders, a.arena, a.slot_bytes, a.row_bytes, &a.state->taken[turn]);
+    // Blocks take tiles until there are none, so they end together: block 0's time is the call's.
+    if (blockIdx.x == 0 && threadIdx.x == 0)
+        stalls(a.state)[a.layer] += nanoseconds() - begin;
 }
 
 extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS) moecore_acquire(const AcquireArgs a) {

@@ -65,7 +65,7 @@ struct Mailbox {
 #define CELL_COUNTS 2   // used experts | missing experts << 16
 #define CELL_EXPERTS 3  // experts of the layer
 
-// What outlives a launch, in device memory: 64 bytes, zeroed by the host, then seq = 1.
+// What outlives a launch, in device memory: zeroed by the host, then seq = 1.
 struct State {
     u32 seq;         // of the next call
     u32 error;       // low 24 bits of the sequence number << 8 | status of the first failure; until the host clears it,
@@ -77,6 +77,9 @@ struct State {
     u64 heard;       // by block 0: sequence number << 32 | status of the answer, for the other blocks
     u32 reserved[6];
 };
+
+// Behind the state: for each layer, the nanoseconds for which its calls with a miss waited and copied.
+static __device__ __forceinline__ u64 *stalls(State *state) { return (u64 *)(state + 1); }
 
 static_assert(sizeof(Order) == 32, "Order");
 static_assert(sizeof(State) == 64, "State");

@@ -46,7 +46,7 @@ class Rig:
             self.arena[slot].copy_(torch.from_numpy(self.row(expert)))
         self.table = torch.full((total,), -1, dtype=torch.int32, device="cuda")
         self.counts = torch.zeros(total, dtype=torch.int32, device="cuda")
-        self.state = torch.zeros(64, dtype=torch.uint8, device="cuda")
+        self.state = torch.zeros(64 + 8 * layers, dtype=torch.uint8, device="cuda")
         torch.cuda.synchronize()
         options: dict[str, Any] = {
             "arena": self.arena.data_ptr(),

@@ -49,7 +49,7 @@ def load(
         host_memory: on a GPU, pinned host memory for experts that are not on the device; the rest stays on disk.
         device: ``"cpu"``, ``"cuda"``, ...; default: CUDA where there is one.
         dtype: of the model's weights; default: as they are stored.
-        policy: which expert gives way: ``"lru"``, ``"lfu"``, ``"lfru"`` or ``"ema"``.
+        policy: which expert gives way: ``"cyclic"``, ``"lru"``, ``"lfu"``, ``"lfru"`` or ``"ema"``.
         max_model_len: tokens that the KV cache must have room for, with ``expert_memory="auto"``.
         spill_dir: folder for experts whose stored bytes are not their final form.
         from_pretrained_kwargs: for transformers' ``from_pretrained``.

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 #: A prefill that asks for at least this share of a layer's experts has the next layer's first ones fetched ahead.
 AHEAD_SHARE = 0.75
 
+#: Bytes of the kernels' `State`, before the stall times.
+STATE_BYTES = 64
+
 
 def host_rows(store: Store, device: torch.device, options: Options, notes: list[str]) -> HostRows:
     """Pinned host memory for as many experts as `options.host_memory` allows and the host gives."""
@@ -107,7 +110,9 @@ class CudaBackend:
         self.arena = whole[start : start + slots * self.stride]
         self.table = torch.full((experts,), -1, dtype=torch.int32, device=self.device)
         self.counts = torch.zeros(experts, dtype=torch.int32, device=self.device)
-        state = torch.zeros(64, dtype=torch.uint8, device=self.device)
+        state = torch.zeros(STATE_BYTES + 8 * len(self.layouts), dtype=torch.uint8, device=self.device)
+        #: Nanoseconds for which decode calls of each layer waited and copied, counted by the kernel.
+        self.stalls = state[STATE_BYTES:].view(torch.int64)
         torch.cuda.synchronize(self.device)
         self.core = CudaExperts(
             rows,
@@ -306,6 +311,10 @@ class CudaBackend:
         self.engine.check()
         layers, routed = self.core.stats()
         on_device = self.counts.tolist()
+        stalls = self.stalls.tolist()
+        layers = [
+            (prefill, decode | {"stall_ns": stall}) for (prefill, decode), stall in zip(layers, stalls, strict=True)
+        ]
         both = [host + device for host, device in zip(routed, on_device, strict=True)]
         return collect(
             (layers, both),
@@ -320,6 +329,7 @@ class CudaBackend:
         """Counts from zero."""
         self.core.reset_stats()
         self.counts.zero_()
+        self.stalls.zero_()
 
     def close(self) -> None:
         """Ends threads and frees the slots."""
@@ -327,4 +337,4 @@ class CudaBackend:
         self.core.close()
         self._views.clear()
         empty: Any = torch.empty(0, dtype=torch.uint8)
-        self.arena = self.table = self.counts = empty
+        self.arena = self.table = self.counts = self.stalls = empty

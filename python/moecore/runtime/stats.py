@@ -23,7 +23,7 @@ class Counters:
         demand_bytes: moved because a call needed them.
         prefetch_bytes: moved before a call needed them.
         wasted_bytes: prefetched, and evicted before any call needed them.
-        stall_ns: nanoseconds for which calls waited; not counted on a GPU.
+        stall_ns: nanoseconds for which calls waited for experts; on a GPU counted in decode only.
     """
 
     calls: int = 0
@@ -135,5 +135,5 @@ def table(stats: Stats, notes: list[str]) -> str:
 
 
 def waited(one: Counters) -> str:
-    """Time for people; a GPU's kernels wait by themselves, and nobody counts how long."""
+    """Time for people; a prefill on a GPU waits inside the stream, where nobody counts it."""
     return "not counted" if one.misses and not one.stall_ns else f"{one.stall_ns / 1e6:.1f} ms"
