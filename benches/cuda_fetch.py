@@ -69,6 +69,7 @@ class Layer:
             bias_offset=2**64 - 1, x=call["x" if up else "h"].data_ptr(), slots=call["slots"].data_ptr(),
             weights=call["weights"].data_ptr(), out=call["h" if up else "out"].data_ptr(), tokens=call["tokens"],
             k=TOP_K, inputs=HIDDEN if up else BETWEEN, outputs=BETWEEN if up else HIDDEN, act=0, flags=1,
+            slot_count=self.rig.arena.shape[0],
         )  # fmt: skip
 
     def run(self, call: dict[str, Any], which: str, stream: int) -> None:
@@ -264,6 +265,59 @@ def products(layer: Layer, found: dict[str, Any]) -> None:
         )
 
 
+def again(run: Any) -> None:
+    """Twenty times."""
+    for _ in range(20):
+        run()
+
+
+def choosing(layer: Layer, found: dict[str, Any]) -> None:
+    """The router's choice and the look-up of its experts, all resident: one launch, two, and torch's own choice."""
+    import torch
+    from moecore import ops
+    from timing import graph_us, raw_stream
+
+    table = []
+    for tokens in (1, 4, 16):
+        call = layer.calls(tokens)[0]
+        logits = torch.randn(tokens, EXPERTS, dtype=torch.bfloat16, device="cuda")
+        weights = torch.empty(tokens, TOP_K, dtype=torch.bfloat16, device="cuda")
+        pairs, slots, ids = tokens * TOP_K, call["slots"].data_ptr(), call["ids"]
+
+        def torch_gate(logits: Any = logits) -> Any:
+            values, chosen = torch.topk(torch.softmax(logits, -1, dtype=torch.float), TOP_K)
+            return (values / values.sum(-1, keepdim=True)).to(logits.dtype), chosen
+
+        def gate(logits: Any = logits) -> Any:
+            return ops.gate(logits, TOP_K, renormalize=True, weights_dtype=torch.bfloat16, ids_dtype=torch.int64)
+
+        def acquire(ids: Any = ids, pairs: int = pairs, slots: int = slots) -> None:
+            layer.rig.engine.acquire(0, ids.data_ptr(), pairs, slots, 0, raw_stream())
+
+        def both(
+            logits: Any = logits, weights: Any = weights, ids: Any = ids, slots: int = slots, tokens: int = tokens
+        ) -> None:
+            layer.rig.engine.gate_acquire(
+                0, 1, logits.data_ptr(), EXPERTS, tokens, EXPERTS, TOP_K, 1, 1, 0, 1, 0, weights.data_ptr(), 1,
+                ids.data_ptr(), 1.0, 0.0, slots, 0, raw_stream(),
+            )  # fmt: skip
+
+        both()
+        torch.cuda.synchronize()
+        expected = gate()
+        assert torch.equal(ids.view(tokens, TOP_K), expected[1]), "ids"
+        assert torch.equal(weights, expected[0]), "weights"
+        sides = {
+            "torch's choice": torch_gate, "gate": gate, "acquire": acquire,
+            "torch, then acquire": lambda run=torch_gate, then=acquire: (run(), then()),
+            "gate, then acquire": lambda run=gate, then=acquire: (run(), then()), "gate_acquire": both,
+        }  # fmt: skip
+        table.append({"tokens": tokens} | {name: graph_us(partial(again, run), 20) for name, run in sides.items()})
+    found["choosing_us"] = table
+    for row in table:
+        print("  ".join(f"{name}: {us:.2f}" if name != "tokens" else f"T={us}" for name, us in row.items()))
+
+
 def hits(layer: Layer, found: dict[str, Any]) -> None:
     """Where the host time of an eager call goes."""
     import torch
@@ -314,6 +368,7 @@ def main() -> None:
     found["memory_gbs"] = memory_rate()
     layer = Layer()
     hits(layer, found)
+    choosing(layer, found)
     products(layer, found)
     save()
     if options.sweep:

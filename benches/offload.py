@@ -302,11 +302,11 @@ class Bench:
 
     def main_row(self) -> None:
         """25 %, batch 1, in every mode; what needs no compiler first."""
-        for mode in (GRAPH, EAGER, COMPILE, COMPILE_GRAPH):
+        for mode in (GRAPH,) if self.args.graphs_only else (GRAPH, EAGER, COMPILE, COMPILE_GRAPH):
             self.row(MAIN, 1, mode, second=not self.args.quick, profiled=True)
             if not mode.compiled:
                 self.own(1, mode)
-        for mode in () if self.args.quick else (COMPILE, COMPILE_GRAPH):
+        for mode in () if self.args.quick or self.args.graphs_only else (COMPILE, COMPILE_GRAPH):
             self.own(1, mode)
 
     def budgets(self, shares: Sequence[float]) -> None:
@@ -316,10 +316,11 @@ class Bench:
             self.row(share, 1, EAGER, second=False)
 
     def batches(self) -> None:
-        for batch, mode in itertools.product(BATCHES, (GRAPH, EAGER)):
+        modes = (GRAPH,) if self.args.graphs_only else (GRAPH, EAGER)
+        for batch, mode in itertools.product(BATCHES, modes):
             self.row(MAIN, batch, mode, second=mode == GRAPH)
             self.own(batch, mode)
-            if mode == EAGER:
+            if mode == modes[-1]:
                 for own in (False, True):  # their static caches
                     self.lanes.pop((batch, own), None)
 
@@ -329,6 +330,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="floors and 25 %%, batch 1, one pass; no peers")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU: does the script run?")
+    parser.add_argument("--graphs-only", action="store_true", help="main and batches: eager kernels in one graph alone")
     parser.add_argument("--layers", type=int, help="fewer than the model has")
     parser.add_argument("--generate-layers", type=int, default=4, help="layers for generate() with reduce-overhead")
     parser.add_argument("--minutes", type=float, default=8.5, help="what no longer fits into these is left out")

@@ -2,6 +2,7 @@
 // is done with one takes the next, so that nobody waits for the slowest.
 #pragma once
 #include "mailbox.cuh"
+#include "ptx.cuh"
 
 // The orders of an answer, as far as a block keeps them.
 struct Orders {
@@ -51,42 +52,15 @@ static __device__ __forceinline__ Tile tile_at(const Orders &orders, u8 *arena, 
 
 #if FETCH_BULK && __CUDA_ARCH__ >= 900
 // From sm_90 on: one thread of each block keeps bulk copies under way, in through one stage and out of another.
-static __device__ __forceinline__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
-
-static __device__ __forceinline__ void bulk_in(u8 *stage, u64 *full, const Tile &tile) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(full)), "r"(tile.bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                     shared_address(stage)),
-                 "l"(tile.from), "r"(tile.bytes), "r"(shared_address(full))
-                 : "memory");
-}
-
-static __device__ __forceinline__ void bulk_out(const u8 *stage, const Tile &tile) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(tile.to),
-                 "r"(shared_address(stage)), "r"(tile.bytes)
-                 : "memory");
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-}
-
-static __device__ __forceinline__ void await(u64 *full, u32 parity) {
-    u32 done = 0;
-    while (!done)
-        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(shared_address(full)), "r"(parity)
-                     : "memory");
-}
-
 static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes, u64 row_bytes, u32 *taken) {
     __shared__ alignas(128) u8 stages[BULK_STAGES][BULK_BYTES];
     __shared__ alignas(8) u64 full[BULK_STAGES];
     if (threadIdx.x != 0)
         return;
     for (u32 s = 0; s < BULK_STAGES; ++s)
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(full + s)) : "memory");
+        bulk_barrier(full + s);
     // The barriers and the host's rows, seen so far by plain loads, hold for bulk copies, too.
-    asm volatile("fence.proxy.async;" ::: "memory");
+    bulk_fence();
     const u32 per_row = (u32)((row_bytes + BULK_BYTES - 1) / BULK_BYTES);
     const u32 tiles = per_row * orders.copies;
     Tile tile[BULK_STAGES];
@@ -96,7 +70,7 @@ static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes
         tile[s].bytes = 0;
         if (next < tiles) {
             tile[s] = tile_at<BULK_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, next);
-            bulk_in(stages[s], full + s, tile[s]);
+            bulk_in(stages[s], full + s, tile[s].from, tile[s].bytes);
         }
         next += gridDim.x;
     }
@@ -110,20 +84,21 @@ static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes
         for (u32 s = 0; s < BULK_STAGES; ++s) {
             if (tile[s].bytes == 0) {
                 // Turns are in order: whoever has none has had the last.
-                asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+                bulk_arrived();
                 return;
             }
-            await(full + s, round & 1);
-            bulk_out(stages[s], tile[s]);
+            bulk_await(full + s, round & 1);
+            bulk_out(tile[s].to, stages[s], tile[s].bytes);
+            bulk_commit();
             // The stage before is free once its way out has read it.
             const u32 before = (s + BULK_STAGES - 1) % BULK_STAGES;
             if (round == 0 && s == 0)
                 continue;
-            asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+            bulk_left_but_one();
             tile[before].bytes = 0;
             if (next < tiles) {
                 tile[before] = tile_at<BULK_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, next);
-                bulk_in(stages[before], full + before, tile[before]);
+                bulk_in(stages[before], full + before, tile[before].from, tile[before].bytes);
 #if FETCH_DYNAMIC
                 next = begin + atomicAdd(taken, 1u);
 #else

@@ -16,7 +16,7 @@ struct ExpertArgs {
     u64 offset;           // of the matrix inside a slot
     u64 bias_offset;      // of the bias inside a slot, or ~0
     const void *x;        // activations
-    const i32 *slots;     // [pairs]; below 0: nobody, the row is zero
+    const void *slots;    // [pairs] int32, or int64 by flag; outside of 0..slot_count: nobody, the row is zero
     const void *weights;  // routing weights [pairs]
     void *out;
     u32 tokens;
@@ -25,8 +25,10 @@ struct ExpertArgs {
     u32 outputs;          // elements of a result row
     u32 act;
     u32 flags;
+    u32 slot_count;
+    u32 reserved;
 };
-static_assert(sizeof(ExpertArgs) == 88, "ExpertArgs");
+static_assert(sizeof(ExpertArgs) == 96, "ExpertArgs");
 
 #define ACT_SILU 0u
 #define ACT_GELU 1u
@@ -35,6 +37,13 @@ static_assert(sizeof(ExpertArgs) == 88, "ExpertArgs");
 
 #define FLAG_WEIGHTS_F32 1u    // routing weights are float32, else of the model's type
 #define FLAG_ROW_PER_PAIR 2u   // slot_linear: activations have a row for each pair, else for each token
+#define FLAG_SLOTS_I64 4u
+
+// The slot of a pair, or -1.
+static __device__ __forceinline__ i32 slot_of_pair(const ExpertArgs &a, u32 pair) {
+    const i64 slot = a.flags & FLAG_SLOTS_I64 ? ((const i64 *)a.slots)[pair] : (i64)((const i32 *)a.slots)[pair];
+    return (u64)slot < a.slot_count ? (i32)slot : -1;
+}
 
 static __device__ __forceinline__ float activate(float x, u32 act) {
     switch (act) {
@@ -137,7 +146,7 @@ template <class T> static __device__ __forceinline__ void expert_up(const Expert
     const u32 j = blockIdx.y * EXPERT_WARPS + threadIdx.x / LANES;
     if (j >= a.outputs)
         return;
-    const i32 slot = a.slots[pair];
+    const i32 slot = slot_of_pair(a, pair);
     float result = 0.0f;
     if (slot >= 0) {
         const u64 row_bytes = (u64)a.inputs * T::bytes;
@@ -182,7 +191,7 @@ template <class T> static __device__ __forceinline__ void expert_down(const Expe
         for (u32 i = 0; i < DOWN_ROWS; ++i) {
             const u32 at = first + share * DOWN_ROWS + i;
             const u32 pair = token * a.k + at;
-            const i32 slot = at < a.k ? a.slots[pair] : -1;
+            const i32 slot = at < a.k ? slot_of_pair(a, pair) : -1;
             x[i] = (const u8 *)a.x + pair * row_bytes;
 #pragma unroll
             for (u32 j = 0; j < DOWN_OUTPUTS; ++j)
@@ -231,7 +240,7 @@ template <class T> static __device__ __forceinline__ void slot_linear(const Expe
     const u32 o = blockIdx.y * EXPERT_WARPS + threadIdx.x / LANES;
     if (o >= a.outputs)
         return;
-    const i32 slot = a.slots[pair];
+    const i32 slot = slot_of_pair(a, pair);
     float result = 0.0f;
     if (slot >= 0) {
         const u64 row_bytes = (u64)a.inputs * T::bytes;
@@ -256,7 +265,7 @@ template <class T> static __device__ __forceinline__ void slot_linear_transposed
     if (begin >= a.outputs)
         return;
     const u32 own = begin + lane * T::lanes;
-    const i32 slot = a.slots[pair];
+    const i32 slot = slot_of_pair(a, pair);
     const u8 *matrix = a.arena + (u64)slot * a.slot_bytes + a.offset;
     const u8 *x = (const u8 *)a.x + input_row(a, pair) * a.inputs * T::bytes;
     const u64 row_bytes = (u64)a.outputs * T::bytes;
@@ -306,10 +315,11 @@ template <class T> static __device__ __forceinline__ void slot_linear_transposed
 }
 
 #define KERNELS(suffix, T)                                                                                             \
-    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES) moecore_expert_up_##suffix(const ExpertArgs a) { \
+    extern "C" __global__ void __launch_bounds__(EXPERT_WARPS *LANES, UP_BLOCKS)                                       \
+        moecore_expert_up_##suffix(const ExpertArgs a) {                                                               \
         expert_up<T>(a);                                                                                               \
     }                                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(DOWN_WARPS *LANES)                                                    \
+    extern "C" __global__ void __launch_bounds__(DOWN_WARPS *LANES, DOWN_BLOCKS)                                       \
         moecore_expert_down_##suffix(const ExpertArgs a) {                                                             \
         expert_down<T>(a);                                                                                             \
     }                                                                                                                  \

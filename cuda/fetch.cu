@@ -8,7 +8,14 @@
 // finishes the call and nobody touches what the other blocks read. If something is missing, block 0 changes the table
 // and the state, but only after every block has said that it has read them; meanwhile the others copy.
 #include "copy.cuh"
+#include "gate.cuh"
 #include "mailbox.cuh"
+
+struct GateAcquireArgs {
+    AcquireArgs acquire;  // its ids are those that the gate writes
+    GateArgs gate;        // ids are int64; all tokens are valid
+};
+static_assert(sizeof(GateAcquireArgs) == 184, "GateAcquireArgs");
 
 static __device__ __forceinline__ u64 load_cell(const u64 *at) {
     u64 v;
@@ -228,10 +235,8 @@ static __device__ void serve(const AcquireArgs &a, u32 seq, u32 turn, u32 broken
         stalls(a.state)[a.layer] += nanoseconds() - begin;
 }
 
-extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS) moecore_acquire(const AcquireArgs a) {
-    __shared__ Call call;
-    if (a.pairs == 0)  // the launch that only loads the kernel
-        return;
+// The whole of a call, by all threads of all blocks.
+static __device__ __forceinline__ void acquire(const AcquireArgs &a, Call &call) {
     const u32 seq = __ldcg(&a.state->seq);
     const u32 turn = __ldcg(&a.state->turn);
     const u32 broken = __ldcg(&a.state->error);
@@ -253,6 +258,45 @@ extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS) moecore_acquire(co
     arrive(a, turn);
     serve(a, seq, turn, broken, call);
 }
+
+// Without pairs: the launch that only loads the kernel.
+extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS) moecore_acquire(const AcquireArgs a) {
+    __shared__ Call call;
+    if (a.pairs != 0)
+        acquire(a, call);
+}
+
+template <class T, u32 N> static __device__ __forceinline__ void gate_tokens(const GateArgs &a) {
+    const bool plain = gates_plainly<T, N>(a);
+    for (u32 token = warp_number(); token < a.tokens; token += ACQUIRE_THREADS / LANES)
+        gate_token<T, N>(a, token, a.tokens, plain);
+}
+
+// The same, with the ids from the router's logits. Every block chooses for itself: a warp takes a token in less time
+// than another launch, or a word from another block, would take. All write the same ids and weights.
+template <class T> static __device__ __forceinline__ void gate_acquire(const GateAcquireArgs &a) {
+    __shared__ Call call;
+    if (a.acquire.pairs == 0)
+        return;
+    if (a.gate.experts <= 2 * LANES)
+        gate_tokens<T, 2>(a.gate);
+    else if (a.gate.experts <= 4 * LANES)
+        gate_tokens<T, 4>(a.gate);
+    else
+        gate_tokens<T, 8>(a.gate);
+    __syncthreads();
+    acquire(a.acquire, call);
+}
+
+#define GATE_ACQUIRE(suffix, T)                                                                                        \
+    extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS, 1)                                                   \
+        moecore_gate_acquire_##suffix(const GateAcquireArgs a) {                                                       \
+        gate_acquire<T>(a);                                                                                            \
+    }
+
+GATE_ACQUIRE(f32, F32)
+GATE_ACQUIRE(bf16, Bf16)
+GATE_ACQUIRE(f16, F16)
 
 // Changes of the table that no call asked for: admissions of a prefill, evictions of the stream ring. The entries are
 // part of the launch, so nothing has to outlive it.

@@ -27,9 +27,13 @@ struct Bf16 {
         }
     }
     static __device__ __forceinline__ u16 bits(float x) {
+#ifdef MOECORE_EMULATED
+        return emulated_bf16(x);
+#else
         u16 b;
         asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b) : "f"(x));
         return b;
+#endif
     }
     static __device__ __forceinline__ float value(u16 b) { return __uint_as_float((u32)b << 16); }
     static __device__ __forceinline__ float get(const void *at, u64 i) { return value(((const u16 *)at)[i]); }
@@ -48,14 +52,22 @@ struct F16 {
         }
     }
     static __device__ __forceinline__ u16 bits(float x) {
+#ifdef MOECORE_EMULATED
+        return emulated_f16(x);
+#else
         u16 b;
         asm("cvt.rn.f16.f32 %0, %1;" : "=h"(b) : "f"(x));
         return b;
+#endif
     }
     static __device__ __forceinline__ float value(u16 b) {
+#ifdef MOECORE_EMULATED
+        return emulated_f16_value(b);
+#else
         float x;
         asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(b));
         return x;
+#endif
     }
     static __device__ __forceinline__ float get(const void *at, u64 i) { return value(((const u16 *)at)[i]); }
     static __device__ __forceinline__ void put(void *at, u64 i, float x) { ((u16 *)at)[i] = bits(x); }

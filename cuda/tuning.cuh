@@ -55,8 +55,15 @@
 #ifndef UP_DEPTH
 #define UP_DEPTH 4
 #endif
-// expert_down: warps of a block, warps of them that share the experts of an output, outputs of a warp, experts that it
+// expert_up: blocks of a multiprocessor that registers are shared out for. More registers let more loads be in flight.
+#ifndef UP_BLOCKS
+#define UP_BLOCKS 4
+#endif
+// expert_down: the same; warps of a block, warps of them that share the experts of an output, outputs of a warp, experts that it
 // reads side by side, and 16-byte loads in flight of each.
+#ifndef DOWN_BLOCKS
+#define DOWN_BLOCKS 3
+#endif
 #ifndef DOWN_WARPS
 #define DOWN_WARPS 8
 #endif
@@ -79,4 +86,122 @@
 // slot_linear over transposed weights: warps that share the sum of one output.
 #ifndef TRANSPOSED_WARPS
 #define TRANSPOSED_WARPS 8
+#endif
+
+// permute: warps of a block; 16-byte loads of one lane before its k stores of each (plain rows); 512-column pieces of a
+// row that a warp turns into e4m3 side by side.
+#ifndef PERMUTE_WARPS
+#define PERMUTE_WARPS 4
+#endif
+#ifndef PERMUTE_DEPTH
+#define PERMUTE_DEPTH 8
+#endif
+#ifndef PERMUTE_FP8_DEPTH
+#define PERMUTE_FP8_DEPTH 2
+#endif
+// Up to so many tokens a warp takes 512 bytes (or columns) at a time, so that a few rows occupy the whole GPU.
+#ifndef PERMUTE_SMALL_TOKENS
+#define PERMUTE_SMALL_TOKENS 64
+#endif
+// Blocks for each multiprocessor at most; whoever is done takes the next piece by turns.
+#ifndef PERMUTE_BLOCKS
+#define PERMUTE_BLOCKS 1024
+#endif
+// How rows are stored. 0: plainly; 1: as a stream (st.cs); 2: past L1; 3: first to leave L2.
+#ifndef PERMUTE_STORE_HINT
+#define PERMUTE_STORE_HINT 0
+#endif
+// 1: from sm_90 on plain rows pass through shared memory by bulk copies: so many warps of a block, stages of each, and
+// bytes of a stage.
+#ifndef PERMUTE_BULK
+#define PERMUTE_BULK 0
+#endif
+#ifndef PERMUTE_BULK_WARPS
+#define PERMUTE_BULK_WARPS 2
+#endif
+#ifndef PERMUTE_BULK_STAGES
+#define PERMUTE_BULK_STAGES 4
+#endif
+#ifndef PERMUTE_BULK_BYTES
+#define PERMUTE_BULK_BYTES 4096
+#endif
+
+// combine: warps of a block; warps of a multiprocessor that registers must suffice for; 16-byte loads of one lane in
+// flight; blocks for each multiprocessor at most; how results are stored (numbers as above).
+#ifndef COMBINE_WARPS
+#define COMBINE_WARPS 4
+#endif
+#ifndef COMBINE_RESIDENT
+#define COMBINE_RESIDENT 16
+#endif
+#ifndef COMBINE_IN_FLIGHT
+#define COMBINE_IN_FLIGHT 8
+#endif
+#ifndef COMBINE_BLOCKS
+#define COMBINE_BLOCKS 1024
+#endif
+#ifndef COMBINE_STORE_HINT
+#define COMBINE_STORE_HINT 0
+#endif
+
+// gate: tokens up to which a block has one warp; warps of a block otherwise, blocks for each multiprocessor at most, and
+// blocks whose registers must fit into one at a time.
+#ifndef GATE_SMALL_TOKENS
+#define GATE_SMALL_TOKENS 1024
+#endif
+#ifndef GATE_WARPS
+#define GATE_WARPS 8
+#endif
+#ifndef GATE_BLOCKS
+#define GATE_BLOCKS 8
+#endif
+#ifndef GATE_RESIDENT
+#define GATE_RESIDENT 4
+#endif
+// route in one launch: tokens up to which it is worth it, with and without a cluster of blocks; tokens from which there
+// is a cluster, its blocks and their warps; tokens above which these have as many warps as a block that is alone.
+#ifndef ROUTE_SMALL_TOKENS
+#define ROUTE_SMALL_TOKENS 128
+#endif
+#ifndef ROUTE_ALONE_TOKENS
+#define ROUTE_ALONE_TOKENS 64
+#endif
+#ifndef ROUTE_CLUSTER_FROM
+#define ROUTE_CLUSTER_FROM 17
+#endif
+#ifndef ROUTE_CLUSTER
+#define ROUTE_CLUSTER 8
+#endif
+#ifndef ROUTE_CLUSTER_WARPS
+#define ROUTE_CLUSTER_WARPS 8
+#endif
+#ifndef ROUTE_CLUSTER_FEW
+#define ROUTE_CLUSTER_FEW 64
+#endif
+#ifndef ROUTE_SMALL_WARPS
+#define ROUTE_SMALL_WARPS 16
+#endif
+// route by tiles: tokens up to which a tile has 32 (64 up to twice as many, then 128); tiles above which a kernel of its
+// own adds up the counts (at most 511); warps of a block that counts; threads of a block that places rows, and blocks
+// that share the copy of a tile, for rows of up to so many bytes, and for longer ones.
+#ifndef ROUTE_TILE32_TOKENS
+#define ROUTE_TILE32_TOKENS 4096
+#endif
+#ifndef ROUTE_SCAN_TILES
+#define ROUTE_SCAN_TILES 256
+#endif
+#ifndef ROUTE_COUNT_WARPS
+#define ROUTE_COUNT_WARPS 16
+#endif
+#ifndef ROUTE_PLACE_THREADS
+#define ROUTE_PLACE_THREADS 512
+#endif
+#ifndef ROUTE_PLACE_SPLIT
+#define ROUTE_PLACE_SPLIT 4
+#endif
+#ifndef ROUTE_PLACE_BYTES
+#define ROUTE_PLACE_BYTES 8192
+#endif
+#ifndef ROUTE_PLACE_LONG_SPLIT
+#define ROUTE_PLACE_LONG_SPLIT 16
 #endif

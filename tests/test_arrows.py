@@ -43,12 +43,15 @@ MODULES: dict[str, set[str]] = {
     "output": {"errors", "render", "report"},
     "progress": {"render", "report", "scan"},
     "cli": {"errors", "output", "progress", "report", "scan", "runtime", "_core"},
-    "__init__": {"errors", "report", "runtime", "scan", "_core"},
+    "__init__": {"errors", "ops", "report", "runtime", "scan", "_core"},
     "__main__": {"cli"},
 }
 
 #: What the runtime may import of the rest of the package: it stands beside the scan, not on it.
-RUNTIME = {"errors", "_core"}
+RUNTIME = {"errors", "ops", "_core"}
+
+#: What the ops may import: they know tensors, not models.
+OPS = {"errors", "_core"}
 
 #: What an installation without extras does not have.
 OPTIONAL = {"torch", "transformers"}
@@ -112,6 +115,12 @@ def test_modules_of_the_package(path: Path) -> None:
 def test_modules_of_the_runtime(path: Path) -> None:
     own = {name.split(".")[1] for name in python_imports(path.read_text()) if name.startswith("moecore.")}
     assert own <= RUNTIME, f"{path.name} imports {sorted(own - RUNTIME)}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "python/moecore/ops").rglob("*.py")), ids=lambda path: path.stem)
+def test_modules_of_the_ops(path: Path) -> None:
+    own = {name.split(".")[1] for name in python_imports(path.read_text()) if name.startswith("moecore.")}
+    assert own <= OPS, f"{path.name} imports {sorted(own - OPS)}"
 
 
 def test_gpu_code_is_in_its_crate_alone() -> None:

@@ -69,7 +69,7 @@ class ExpertArgs(ctypes.Structure):
 
     _fields_ = [
         *[(n, c_uint64) for n in ["arena", "slot_bytes", "offset", "bias_offset", "x", "slots", "weights", "out"]],
-        *[(n, c_uint32) for n in ["tokens", "k", "inputs", "outputs", "act", "flags"]],
+        *[(n, c_uint32) for n in ["tokens", "k", "inputs", "outputs", "act", "flags", "slot_count", "reserved"]],
     ]
 
 

@@ -6,6 +6,7 @@
 57982058496
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moecore._core import __version__
@@ -45,22 +46,29 @@ __all__ = [
     "ScanReport",
     "TargetError",
     "__version__",
+    "fuse",
     "load",
+    "ops",
+    "register",
     "scan",
     "scan_many",
+    "unfuse",
     "unwrap",
     "wrap",
 ]
 
 if TYPE_CHECKING:
-    from moecore.runtime import load, unwrap, wrap
+    from moecore import ops
+    from moecore.runtime import fuse, load, register, unfuse, unwrap, wrap
 
 
 def __getattr__(name: str) -> Any:
     """Imports what needs torch at its first use: scanning must neither need it nor wait for it."""
-    if name not in ("load", "unwrap", "wrap"):
+    if name not in ("fuse", "load", "ops", "register", "unfuse", "unwrap", "wrap"):
         raise AttributeError(f"module 'moecore' has no attribute {name!r}")
     try:
+        if name == "ops":
+            return import_module("moecore.ops")
         from moecore import runtime
     except ModuleNotFoundError as error:
         if error.name not in ("torch", "transformers"):

@@ -18,7 +18,14 @@ __all__ = [
     "__version__",
     "_testing",
     "cuda_available",
+    "experts_down",
+    "experts_up",
     "replay_policy",
+    "routing_combine",
+    "routing_gate",
+    "routing_permute",
+    "routing_route",
+    "routing_workspace",
 ]
 
 __version__: str
@@ -212,6 +219,31 @@ class CudaEngine:
     def acquire(self, layer: int, ids: int, pairs: int, slots: int, phase: int, stream: int) -> None:
         """Finds the slots of a call's experts and brings those that are missing."""
 
+    def gate_acquire(
+        self,
+        layer: int,
+        logits_format: int,
+        logits: int,
+        stride: int,
+        tokens: int,
+        experts: int,
+        k: int,
+        groups: int,
+        top_groups: int,
+        scoring: int,
+        flags: int,
+        bias: int,
+        weights: int,
+        weights_format: int,
+        ids: int,
+        scale: float,
+        eps: float,
+        slots: int,
+        phase: int,
+        stream: int,
+    ) -> None:
+        """The same, with ids that the kernel chooses by the router's logits, and writes as int64."""
+
     def expert_up(
         self,
         dtype: str,
@@ -356,6 +388,142 @@ class CudaExperts:
 
     def close(self) -> None:
         """Ends the engine. Calls after it fail."""
+
+# Launches of `moecore.ops` on `stream`. Numbers as in cuda/routing.cuh; addresses of GPU memory, 0 where there is none.
+# The caller answers for them; arguments that no kernel can serve raise DeviceError.
+
+def routing_gate(
+    device: int,
+    logits_format: int,
+    logits: int,
+    stride: int,
+    tokens: int,
+    experts: int,
+    k: int,
+    groups: int,
+    top_groups: int,
+    scoring: int,
+    flags: int,
+    bias: int,
+    weights: int,
+    weights_format: int,
+    ids: int,
+    valid: int,
+    scale: float,
+    eps: float,
+    stream: int,
+) -> None:
+    """Launches the gate: weights and ids of the k best experts of each token."""
+
+def routing_route(
+    device: int,
+    logits_format: int,
+    logits: int,
+    stride: int,
+    tokens: int,
+    experts: int,
+    k: int,
+    groups: int,
+    top_groups: int,
+    scoring: int,
+    flags: int,
+    bias: int,
+    weights: int,
+    weights_format: int,
+    ids: int,
+    valid: int,
+    scale: float,
+    eps: float,
+    bin_of: int,
+    bins: int,
+    ends: int,
+    source: int,
+    inverse: int,
+    workspace: int,
+    x: int,
+    x_format: int,
+    row_bytes: int,
+    rows: int,
+    scales: int,
+    stream: int,
+) -> None:
+    """Launches the gate (not if `logits` is 0: ids are given), the sorting of rows by bin, and with `x` their copy."""
+
+def routing_workspace(tokens: int, bins: int) -> int:
+    """Bytes of memory that `routing_route` needs between its launches; 0 where it makes one alone."""
+
+def routing_permute(
+    device: int,
+    x: int,
+    x_format: int,
+    inverse: int,
+    out: int,
+    scales: int,
+    tokens: int,
+    k: int,
+    rows: int,
+    row_bytes: int,
+    stream: int,
+) -> None:
+    """Launches the copy of tokens' rows to the rows that `inverse` names."""
+
+def routing_combine(
+    device: int,
+    format: int,
+    rows: int,
+    inverse: int,
+    weights: int,
+    weights_format: int,
+    shared: int,
+    residual: int,
+    out: int,
+    tokens: int,
+    k: int,
+    row_count: int,
+    row_bytes: int,
+    scale: float,
+    stream: int,
+) -> None:
+    """Launches out[t] = residual[t] + shared[t] + scale * sum over j of weights[t, j] * rows[inverse[t, j]]."""
+
+def experts_up(
+    device: int,
+    dtype: int,
+    weights_ptr: int,
+    expert_stride_bytes: int,
+    experts: int,
+    x: int,
+    slots: int,
+    slots_i64: bool,
+    out: int,
+    tokens: int,
+    k: int,
+    inputs: int,
+    outputs: int,
+    act: int,
+    stream: int,
+) -> None:
+    """Launches h[p] = act(gate) * up for each pair, over all experts' concatenated matrices."""
+
+def experts_down(
+    device: int,
+    dtype: int,
+    weights_ptr: int,
+    expert_stride_bytes: int,
+    experts: int,
+    x: int,
+    slots: int,
+    slots_i64: bool,
+    weights: int,
+    weights_f32: bool,
+    out: int,
+    tokens: int,
+    k: int,
+    inputs: int,
+    outputs: int,
+    stream: int,
+) -> None:
+    """Launches out[t] = sum over k of weight * down(h[t, k])."""
 
 #: For the tests and benches of the kernels alone.
 _testing: ModuleType

@@ -84,6 +84,7 @@ def test_wrap_and_unwrap(resident: list[list[list[int]]]) -> None:
         TINY, dtype=torch.bfloat16, experts_implementation="grouped_mm"
     ).cuda()
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    generate(model, prompts()[0])  # the workspace of torch's products stays
     held = torch.cuda.memory_allocated()
     moecore.wrap(model, expert_memory="25%")
     gc.collect()
@@ -112,8 +113,8 @@ def test_a_prefill_before_anything_else_fills_the_cache_with_the_right_bytes(
     assert generate(model, prompts()[2]) == resident[2]
 
 
-# Inductor itself uses what torch has deprecated, and has advice about TF32.
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32")
+# Inductor itself uses what torch has deprecated, has advice about TF32, and begins with a graph of nothing.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:TensorFloat32", "ignore:The CUDA Graph is empty")
 def test_a_compiled_step_gives_the_same_tokens(load: Any, resident: list[list[list[int]]]) -> None:
     model = load("50%")
     assert generate(model, prompts()[2], cache_implementation="static") == resident[2]

@@ -12,6 +12,7 @@ from moecore.errors import ConfigError
 from . import rows
 from .families import find, refuse
 from .handle import Handle
+from .resident import REPORT, Fused, fuse, register, unfuse
 from .skeleton import load_skeleton
 from .stats import Counters, Stats
 from .takeover import DEFAULT_POLICY, Options, start, unwrap, wrap_model
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
     from .budget import Budget
 
-__all__ = ["Counters", "Handle", "Stats", "load", "unwrap", "wrap"]
+__all__ = ["Counters", "Fused", "Handle", "Stats", "fuse", "load", "register", "unfuse", "unwrap", "wrap"]
 
 
 def load(
@@ -101,6 +102,8 @@ def wrap(
         raise ConfigError(f"wrap takes a model that is loaded, not {type(model).__name__}; moecore.load takes a name")
     if any("_moecore" in vars(module) for module in model.modules()):
         raise ConfigError("moecore runs this model, or a part of it, already; call moecore.unwrap on what was wrapped")
+    if REPORT in vars(model):
+        raise ConfigError("moecore.fuse has changed this model; call moecore.unfuse(model) before moecore.wrap(model)")
     refuse(model)
     found = find(model)
     if not found:

@@ -9,6 +9,7 @@ import torch
 
 from moecore._core import CudaExperts, HostRows, cuda_available
 from moecore.errors import DeviceError
+from moecore.ops import check, launch
 
 from . import budget, compute, memory
 from .host import DECODE_TOKENS, PAGE
@@ -17,6 +18,8 @@ from .stats import Stats, collect
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from moecore.ops.check import Gating
 
     from .families import Taken
     from .rows import Layout, Store
@@ -128,6 +131,9 @@ class CudaBackend:
         self.ring_first, self.chunk, self.halves = self.core.ring
         self.kernels = Kernels(self.engine)
         self.streaming = False
+        #: Layer, ids and slots of a choice whose experts have not been called yet. The ids are held, so that no other
+        #: tensor can lie where they do.
+        self.routed: tuple[int, Tensor, Tensor] | None = None
         # Calls of several threads are enqueued one after another: slots are free when the next call comes.
         self._lock = threading.Lock()
         #: Half of the ring, layer and experts that were staged before they were asked for.
@@ -150,12 +156,53 @@ class CudaBackend:
 
     def _decode(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         stream = self._stream()
-        if self.streaming:
-            self._end_prefill(stream)
         index = index.contiguous()
-        slots = torch.empty(index.shape, dtype=torch.int32, device=self.device)
-        self.engine.acquire(layer, index.data_ptr(), index.numel(), slots.data_ptr(), 1, stream)
+        slots = self._routed_slots(layer, index)
+        if slots is None:
+            if self.streaming:
+                self._end_prefill(stream)
+            slots = torch.empty(index.shape, dtype=torch.int32, device=self.device)
+            self.engine.acquire(layer, index.data_ptr(), index.numel(), slots.data_ptr(), 1, stream)
         return self.kernels.experts(taken, self.layouts[layer], hidden, index, slots, weights, stream)
+
+    def route(self, layer: int, taken: Taken, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor] | None:
+        """The router's choice and the fetch of what it has chosen, in one launch.
+
+        The call of the experts that follows with these very ids finds its slots ready.
+
+        Returns:
+            Weights [T, k] of ``gating.weights_dtype`` and ids int64 [T, k]; None where the call is none for the kernel.
+        """
+        tokens, experts = logits.shape
+        pairs = tokens * gating.k
+        if not (0 < tokens <= DECODE_TOKENS and self.kernels.serves(taken) and experts == taken.num_experts):
+            return None
+        if min(pairs, experts) > self.slots:
+            return None
+        check.gate(logits, gating)
+        with self._lock:
+            stream = self._stream()
+            if self.streaming:
+                self._end_prefill(stream)
+            weights = torch.empty(tokens, gating.k, dtype=gating.weights_dtype, device=self.device)
+            ids = torch.empty(tokens, gating.k, dtype=torch.int64, device=self.device)
+            slots = torch.empty(tokens, gating.k, dtype=torch.int32, device=self.device)
+            self.routed = None
+            self.engine.gate_acquire(
+                layer, check.FORMATS[logits.dtype], logits.data_ptr(), logits.stride(0), tokens, experts, gating.k,
+                gating.groups, gating.top_groups, check.SCORINGS[gating.scoring], launch.flags(gating),
+                launch.address(gating.bias), weights.data_ptr(), check.FORMATS[gating.weights_dtype], ids.data_ptr(),
+                gating.scale, gating.eps, slots.data_ptr(), 1, stream,
+            )  # fmt: skip
+            self.routed = (layer, ids, slots)
+        return weights, ids
+
+    def _routed_slots(self, layer: int, index: Tensor) -> Tensor | None:
+        """The slots that :meth:`route` has found for these ids, if no call has come between."""
+        routed, self.routed = self.routed, None
+        if routed is None or routed[0] != layer or routed[1].data_ptr() != index.data_ptr():
+            return None
+        return routed[2] if routed[1].shape == index.shape else None
 
     def _stream(self) -> int:
         # A tenth of a microsecond; torch.cuda.current_stream takes eight.
@@ -171,6 +218,7 @@ class CudaBackend:
                 "ring; capture decode steps only, with a budget that holds the experts of one step"
             )
         stream = self._stream()
+        self.routed = None
         # Ordered after every call before it, on whatever stream; the look at the index below then waits for them all.
         self.engine.update_table([], stream)
         routing = compute.Routing.of(taken, index)

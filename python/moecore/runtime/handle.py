@@ -8,6 +8,7 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
+from moecore import ops
 from moecore.errors import ConfigError, DeviceError, MoecoreError
 
 from .stats import Stats, table
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from torch import Tensor, nn
+
+    from moecore.ops.check import Gating
 
     from .families import Taken
     from .rows import Store
@@ -28,6 +31,9 @@ class Backend(Protocol):
 
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of a layer."""
+
+    def route(self, layer: int, taken: Taken, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor] | None:
+        """The router's choice, where the backend makes it together with the fetch; else None."""
 
     def row(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parts of one expert, copied out."""
@@ -69,6 +75,17 @@ class Handle:
             if not self.closed:
                 raise
             raise self._is_closed() from error  # by another thread, meanwhile
+
+    def choose(self, module: nn.Module, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor]:
+        """What the router beside an experts module chooses: weights and ids [T, k]. Their fetch may begin at once."""
+        self.check()
+        layer = self.layer_of.get(id(module))
+        chosen = None if layer is None else self.backend.route(layer, self.taken[layer], logits, gating)
+        if chosen is not None:
+            return chosen
+        bare = gating._asdict()
+        del bare["bin_of"], bare["bins"]
+        return ops.gate(logits, **bare)
 
     def check(self) -> None:
         """Raises where the experts cannot run any more."""

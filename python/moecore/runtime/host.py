@@ -14,6 +14,8 @@ from .stats import Stats, collect
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from moecore.ops.check import Gating
+
     from .families import Taken
     from .rows import Layout, Store
 
@@ -44,6 +46,10 @@ class HostBackend:
         self.slots = slots
         self._views: dict[tuple[int, int], dict[str, Tensor]] = {}
         self._last: Stats | None = None
+
+    def route(self, layer: int, taken: Taken, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor] | None:
+        """None: on the CPU the model's own routers choose."""
+        return None
 
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of a layer: hidden [T, H], index and weights [T, k] -> [T, H]."""

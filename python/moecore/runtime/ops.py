@@ -11,6 +11,8 @@ from torch import Tensor
 
 from moecore.errors import ConfigError
 
+from . import resident
+
 if TYPE_CHECKING:
     from torch import nn
 
@@ -38,6 +40,8 @@ def detach(module: nn.Module) -> None:
 
 def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:
     """hidden [T, H], index int64 [T, k], weights [T, k] -> [T, H]. Registered with transformers for all models."""
+    if "_moecore" not in vars(module):
+        return resident.run(module, hidden, index, weights)
     if torch.compiler.is_compiling():
         return torch.ops.moecore.experts(hidden, index, weights, module._moecore_number)
     if torch.is_grad_enabled() and hidden.requires_grad:
@@ -46,11 +50,7 @@ def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> An
 
 
 def _call(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    handle: Handle | None = vars(module).get("_moecore")
-    if handle is None:
-        raise ConfigError(
-            "experts_implementation='moecore' was set on a model that moecore does not run; use moecore.wrap(model)"
-        )
+    handle: Handle = vars(module)["_moecore"]
     with torch.no_grad():
         return handle.run(module, hidden, index, weights)
 
@@ -72,8 +72,13 @@ def experts(hidden: Tensor, index: Tensor, weights: Tensor, number: int) -> Tens
     """The opaque form for `torch.compile`."""
     module = MODULES.get(number, lambda: None)()
     if module is None:
-        raise ConfigError("this compiled graph belongs to a model that is gone or unwrapped; compile the model again")
+        raise gone()
     return _call(module, hidden, index, weights)
+
+
+def gone() -> ConfigError:
+    """What a compiled graph without its model raises."""
+    return ConfigError("this compiled graph belongs to a model that is gone or unwrapped; compile the model again")
 
 
 @experts.register_fake  # type: ignore[untyped-decorator]

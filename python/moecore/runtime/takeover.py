@@ -9,7 +9,7 @@ import torch
 
 from moecore.errors import BudgetError, ConfigError, MoecoreError
 
-from . import budget, ops, rows
+from . import ahead, budget, ops, routers, rows
 from .families import pretrained, take_over
 from .handle import Handle
 from .host import HostBackend
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     #: Layer and expert -> the expert's parts.
     Row = Callable[[int, int], dict[str, Tensor]]
+
+#: Under this name a model keeps the paths of the routers that were exchanged for it.
+ROUTERS = "_moecore_routers"
 
 #: Methods that write a checkpoint.
 SAVES = ("save_pretrained", "push_to_hub")
@@ -107,6 +110,7 @@ def start(
         take_over(model, ops.run, taken)
         for one in taken:
             ops.attach(one.module, handle)
+        vars(model)[ROUTERS] = ahead.lead(model, taken) if device.type == "cuda" else []
     except BaseException:
         backend.close()
         release(model, taken)
@@ -143,6 +147,7 @@ def refuse_to_save(*_: Any, **__: Any) -> None:
 
 def release(model: nn.Module, taken: list[Taken]) -> None:
     """Leads calls back to the model's own code."""
+    routers.restore(model, vars(model).pop(ROUTERS, []))
     for one in taken:
         one.restore()
         ops.detach(one.module)

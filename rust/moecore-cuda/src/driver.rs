@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "foreign functions")]
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::mem::offset_of;
 use std::sync::OnceLock;
 
 use libloading::Library;
@@ -13,19 +14,73 @@ use moecore::{Error, ErrorKind, Result};
 /// A handle of the driver: context, stream, event, module or function.
 pub type Handle = *mut c_void;
 
+/// `cuLaunchKernelEx`.
+type LaunchWith = unsafe extern "C" fn(*const LaunchConfig, Handle, *mut *mut c_void, *mut *mut c_void) -> c_int;
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct LaunchConfig {
+    pub(crate) grid: [c_uint; 3],
+    pub(crate) block: [c_uint; 3],
+    pub(crate) shared_bytes: c_uint,
+    pub(crate) stream: Handle,
+    pub(crate) attributes: *const LaunchAttribute,
+    pub(crate) attribute_count: c_uint,
+}
+
+/// `CUlaunchAttribute`: a number that says which, and a union of 64 bytes.
+#[repr(C)]
+#[derive(Debug)]
+pub(crate) struct LaunchAttribute {
+    id: c_uint,
+    padding: c_uint,
+    value: [u64; 8],
+}
+
+impl LaunchAttribute {
+    /// `CU_LAUNCH_ATTRIBUTE_IGNORE`.
+    pub(crate) const IGNORED: Self = Self { id: 0, padding: 0, value: [0; 8] };
+    /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: the kernel may start when the one before it in the
+    /// stream says so, and waits by itself for that one's results.
+    pub(crate) const EARLY: Self = Self { id: 6, padding: 0, value: [1, 0, 0, 0, 0, 0, 0, 0] };
+
+    /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`: so many blocks run side by side and see each other's shared memory.
+    pub(crate) fn cluster(blocks: u32) -> Self {
+        Self { id: 4, padding: 0, value: [u64::from(blocks) | 1 << 32, 1, 0, 0, 0, 0, 0, 0] }
+    }
+}
+
+// The layout of cuda.h on 64-bit systems. Values are 32-bit numbers from the
+// beginning on: little-endian, as every system with CUDA.
+const _: () = assert!(size_of::<LaunchConfig>() == 56);
+const _: () = assert!(offset_of!(LaunchConfig, block) == 12 && offset_of!(LaunchConfig, shared_bytes) == 24);
+const _: () = assert!(offset_of!(LaunchConfig, stream) == 32 && offset_of!(LaunchConfig, attributes) == 40);
+const _: () = assert!(offset_of!(LaunchConfig, attribute_count) == 48);
+const _: () = assert!(size_of::<LaunchAttribute>() == 72 && offset_of!(LaunchAttribute, value) == 8);
+const _: () = assert!(cfg!(target_endian = "little"));
+
 macro_rules! api {
     ($($field:ident = $symbol:literal ($($argument:ty),*);)*) => {
         /// Addresses of the driver's functions.
         #[derive(Debug)]
         pub struct Api {
             $(pub(crate) $field: unsafe extern "C" fn($($argument),*) -> c_int,)*
+            /// `cuLaunchKernelEx`, or `None` where it is missing or too old for what it is used for.
+            pub(crate) launch_with: Option<LaunchWith>,
             _library: Library,
         }
 
         impl Api {
             fn load(library: Library) -> Result<Self, libloading::Error> {
                 // SAFETY: the types are those of cuda.h for these versioned names.
-                unsafe { Ok(Self { $($field: *library.get($symbol)?,)* _library: library }) }
+                unsafe {
+                    Ok(Self {
+                        $($field: *library.get($symbol)?,)*
+                        launch_with: library.get("cuLaunchKernelEx").ok().map(|symbol| *symbol),
+                        _library: library,
+                    })
+                }
             }
         }
     };
@@ -52,6 +107,7 @@ api! {
     fill_words = "cuMemsetD32_v2"(u64, c_uint, usize);
     module_load = "cuModuleLoadData"(*mut Handle, *const c_void);
     module_function = "cuModuleGetFunction"(*mut Handle, Handle, *const c_char);
+    function_attribute = "cuFuncGetAttribute"(*mut c_int, c_int, Handle);
     launch = "cuLaunchKernel"(
         Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle, *mut *mut c_void, *mut *mut c_void
     );
@@ -68,13 +124,15 @@ api! {
 }
 
 /// `CUDA_SUCCESS`.
-const SUCCESS: c_int = 0;
+pub(crate) const SUCCESS: c_int = 0;
 /// `CUDA_ERROR_OUT_OF_MEMORY`.
 pub(crate) const OUT_OF_MEMORY: c_int = 2;
 /// `CUDA_ERROR_NOT_READY`.
 pub(crate) const NOT_READY: c_int = 600;
 /// The oldest driver whose functions this crate uses.
 const OLDEST: c_int = 12_000;
+/// The oldest driver that captures an early launch into a graph.
+const CAPTURES_EARLY: c_int = 12_030;
 
 static API: OnceLock<Result<Api, String>> = OnceLock::new();
 
@@ -86,7 +144,7 @@ fn probe() -> Result<Api, String> {
     let Some(library) = library else {
         return Err(format!("no NVIDIA driver here ({} was not found)", names[0]));
     };
-    let api = Api::load(library).map_err(|error| format!("the NVIDIA driver is too old: {error}"))?;
+    let mut api = Api::load(library).map_err(|error| format!("the NVIDIA driver is too old: {error}"))?;
     // SAFETY: plain calls with addresses of locals.
     unsafe {
         api.status((api.init)(0)).map_err(|error| format!("the NVIDIA driver does not start: {error}"))?;
@@ -98,6 +156,9 @@ fn probe() -> Result<Api, String> {
                 version / 1000,
                 version % 1000 / 10
             ));
+        }
+        if version < CAPTURES_EARLY {
+            api.launch_with = None;
         }
         api.status((api.device_count)(&raw mut devices))?;
         if devices == 0 {

@@ -21,11 +21,12 @@ use crate::answer::{Answering, Layer};
 use crate::context::Context;
 use crate::kernels::{Format, Product};
 use crate::layout::{
-    AcquireArgs, ExpertArgs, MAILBOX_BYTES, MAX_EXPERTS, MAX_PAIRS, NOTHING, STATE_BYTES, STATUS_CLOSED,
-    STATUS_MISSING, STATUS_TIMEOUT, TABLE_BATCH, TableArgs,
+    AcquireArgs, ExpertArgs, GateAcquireArgs, MAILBOX_BYTES, MAX_EXPERTS, MAX_PAIRS, NOTHING, STATE_BYTES,
+    STATUS_CLOSED, STATUS_MISSING, STATUS_TIMEOUT, TABLE_BATCH, TableArgs,
 };
 use crate::mailbox::Mailbox;
 use crate::pinned::PinnedBlock;
+use crate::routing::{self, GateArgs, IDS_I64};
 use crate::stats::Snapshot;
 use crate::stream::{Event, Stream};
 use crate::sync::Words;
@@ -164,13 +165,55 @@ impl CudaEngine {
         phase: u32,
         stream: Stream,
     ) -> Result<()> {
+        let Some(args) = self.call(layer, ids, pairs, slots, phase)? else {
+            return Ok(());
+        };
+        let kernels = self.context.kernels()?;
+        let _entered = self.context.enter()?;
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        self.follow(&mut order, stream)?;
+        // SAFETY: the caller's promise here and at `new`.
+        unsafe { kernels.acquire(&self.context, &args, stream) }
+    }
+
+    /// The same, with ids that the kernel itself chooses by logits of a format, and writes to `gate.ids` as `int64`.
+    ///
+    /// # Safety
+    /// All addresses are valid on the GPU until the launch is over, and fit the shapes.
+    pub unsafe fn gate_acquire(
+        &self,
+        layer: u32,
+        format: Format,
+        gate: GateArgs,
+        slots: u64,
+        phase: u32,
+        stream: Stream,
+    ) -> Result<()> {
+        let gate = GateArgs { flags: gate.flags | IDS_I64, valid: 0, ..gate };
+        routing::check_gate(format, &gate)?;
+        let pairs = gate.tokens.saturating_mul(gate.k);
+        let Some(acquire) = self.call(layer, gate.ids, pairs, slots, phase)? else {
+            return Ok(());
+        };
+        if gate.experts != acquire.experts {
+            let message =
+                format!("{} logits a token for the {} experts of layer {layer}", gate.experts, acquire.experts);
+            return Err(Error::new(ErrorKind::Device, message));
+        }
+        let kernels = self.context.kernels()?;
+        let _entered = self.context.enter()?;
+        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
+        self.follow(&mut order, stream)?;
+        // SAFETY: the caller's promise here and at `new`.
+        unsafe { kernels.gate_acquire(&self.context, format, &GateAcquireArgs { acquire, gate }, stream) }
+    }
+
+    /// Arguments of a call; `None` for one without pairs.
+    fn call(&self, layer: u32, ids: u64, pairs: u32, slots: u64, phase: u32) -> Result<Option<AcquireArgs>> {
         self.check()?;
         let Some(shape) = self.setup.layers.get(layer as usize) else {
             return Err(Error::new(ErrorKind::Device, format!("there is no layer {layer}")));
         };
-        if pairs == 0 {
-            return Ok(());
-        }
         if pairs > MAX_PAIRS {
             let message = format!("{pairs} pairs of token and expert are too many for one call ({MAX_PAIRS})");
             return Err(Error::new(ErrorKind::Device, message));
@@ -192,12 +235,7 @@ impl CudaEngine {
             phase,
             reserved: 0,
         };
-        let kernels = self.context.kernels()?;
-        let _entered = self.context.enter()?;
-        let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
-        self.follow(&mut order, stream)?;
-        // SAFETY: the caller's promise here and at `new`.
-        unsafe { kernels.acquire(&self.context, &args, stream) }
+        Ok((pairs > 0).then_some(args))
     }
 
     /// Launches an expert product in `stream`.
@@ -220,6 +258,8 @@ impl CudaEngine {
             outputs: what.outputs,
             act: what.act,
             flags: what.flags,
+            slot_count: self.setup.slots,
+            reserved: 0,
         };
         let kernels = self.context.kernels()?;
         let _entered = self.context.enter()?;

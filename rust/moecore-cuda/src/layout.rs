@@ -1,5 +1,7 @@
 //! The bytes that the kernels and this crate share: `cuda/mailbox.cuh` and `cuda/experts.cu`, as seen from this side.
 
+use crate::routing::GateArgs;
+
 /// One of two numbers: loom's models are small.
 const fn sized(usual: usize, in_models: usize) -> usize {
     if cfg!(moecore_loom) { in_models } else { usual }
@@ -116,6 +118,14 @@ pub(crate) struct AcquireArgs {
     pub(crate) reserved: u32,
 }
 
+/// `GateAcquireArgs` of the kernels.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct GateAcquireArgs {
+    pub(crate) acquire: AcquireArgs,
+    pub(crate) gate: GateArgs,
+}
+
 /// `TableArgs` of the kernels.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
@@ -144,6 +154,8 @@ pub(crate) struct ExpertArgs {
     pub(crate) outputs: u32,
     pub(crate) act: u32,
     pub(crate) flags: u32,
+    pub(crate) slot_count: u32,
+    pub(crate) reserved: u32,
 }
 
 // The kernels assert the same numbers.
@@ -151,8 +163,9 @@ const _: () = assert!(size_of::<RawOrder>() == 32);
 const _: () = assert!(cfg!(moecore_loom) || MAILBOX_BYTES == 768 + 2048 * 32 + 4096 * 80 * 8);
 const _: () = assert!(INLINE_ORDERS * ORDER_CELLS < ANSWER_CELLS);
 const _: () = assert!(size_of::<AcquireArgs>() == 96);
+const _: () = assert!(size_of::<GateAcquireArgs>() == 184);
 const _: () = assert!(size_of::<TableArgs>() == 16 + TABLE_BATCH * 8);
-const _: () = assert!(size_of::<ExpertArgs>() == 88);
+const _: () = assert!(size_of::<ExpertArgs>() == 96);
 
 /// A cell: what it says, beside the call that it is for.
 #[must_use]

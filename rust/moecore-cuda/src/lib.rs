@@ -33,6 +33,8 @@ pub mod mailbox;
 pub mod nvrtc;
 pub mod pinned;
 pub mod prefetch;
+pub mod resident;
+pub mod routing;
 pub mod stats;
 pub mod stream;
 pub mod sync;

@@ -13,13 +13,25 @@ use moecore::{Error, ErrorKind, Result};
 /// What is compiled.
 const SOURCE: (&CStr, &str) = (c"image.cu", include_str!("../../../cuda/image.cu"));
 /// What it includes.
-const HEADERS: [(&CStr, &str); 7] = [
+const HEADERS: [(&CStr, &str); 19] = [
+    (c"combine.cu", include_str!("../../../cuda/combine.cu")),
     (c"common.cuh", include_str!("../../../cuda/common.cuh")),
     (c"copy.cuh", include_str!("../../../cuda/copy.cuh")),
     (c"experts.cu", include_str!("../../../cuda/experts.cu")),
     (c"fetch.cu", include_str!("../../../cuda/fetch.cu")),
+    (c"gate.cu", include_str!("../../../cuda/gate.cu")),
+    (c"gate.cuh", include_str!("../../../cuda/gate.cuh")),
+    (c"index.cuh", include_str!("../../../cuda/index.cuh")),
     (c"mailbox.cuh", include_str!("../../../cuda/mailbox.cuh")),
     (c"numbers.cuh", include_str!("../../../cuda/numbers.cuh")),
+    (c"order.cuh", include_str!("../../../cuda/order.cuh")),
+    (c"permute.cu", include_str!("../../../cuda/permute.cu")),
+    (c"permute.cuh", include_str!("../../../cuda/permute.cuh")),
+    (c"ptx.cuh", include_str!("../../../cuda/ptx.cuh")),
+    (c"route_small.cu", include_str!("../../../cuda/route_small.cu")),
+    (c"route_tiles.cu", include_str!("../../../cuda/route_tiles.cu")),
+    (c"routing.cuh", include_str!("../../../cuda/routing.cuh")),
+    (c"scores.cuh", include_str!("../../../cuda/scores.cuh")),
     (c"tuning.cuh", include_str!("../../../cuda/tuning.cuh")),
 ];
 /// The library's file, where it is in none of the usual places.
@@ -215,6 +227,7 @@ impl Compiler {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::kernels::names;
 
     #[test]
     fn every_included_file_is_embedded() {
@@ -237,7 +250,9 @@ mod tests {
             let code = compile(capability).unwrap();
             assert!(code.starts_with(b"\x7fELF"), "{capability:?}");
             let has = |name: &str| code.windows(name.len()).any(|part| part == name.as_bytes());
-            assert!(has("moecore_acquire") && has("moecore_expert_down_bf16"), "{capability:?}");
+            for name in names() {
+                assert!(has(&name), "{capability:?} {name}");
+            }
         }
         // A GPU that the compiler does not know gets PTX, which its driver compiles.
         let text = compile((99, 0)).unwrap();

@@ -12,6 +12,7 @@ use moecore_cuda::context::Context;
 use moecore_cuda::copy::CopyStream;
 use moecore_cuda::engine::{self, Products, Setup};
 use moecore_cuda::kernels::{Format, Product};
+use moecore_cuda::routing::GateArgs;
 use moecore_cuda::stream::Stream;
 use moecore_cuda::{image, nvrtc, pinned};
 use pyo3::prelude::*;
@@ -150,6 +151,64 @@ impl CudaEngine {
         // SAFETY: the caller's tensors.
         let launched =
             py.detach(|| unsafe { self.engine.acquire(layer, ids, pairs, slots, phase, Stream::from_raw(stream)) });
+        launched.map_err(|error| to_python(py, &error))
+    }
+
+    /// The same, with ids that the kernel chooses by the router's logits, and writes as int64.
+    #[pyo3(signature = (
+        layer, logits_format, logits, stride, tokens, experts, k, groups, top_groups, scoring, flags, bias, weights,
+        weights_format, ids, scale, eps, slots, phase, stream,
+    ))]
+    #[expect(clippy::too_many_arguments, reason = "a launch")]
+    fn gate_acquire(
+        &self,
+        py: Python<'_>,
+        layer: u32,
+        logits_format: u32,
+        logits: u64,
+        stride: u64,
+        tokens: u32,
+        experts: u32,
+        k: u32,
+        groups: u32,
+        top_groups: u32,
+        scoring: u32,
+        flags: u32,
+        bias: u64,
+        weights: u64,
+        weights_format: u32,
+        ids: u64,
+        scale: f32,
+        eps: f32,
+        slots: u64,
+        phase: u32,
+        stream: u64,
+    ) -> PyResult<()> {
+        let gate = GateArgs {
+            logits,
+            bias,
+            weights,
+            ids,
+            valid: 0,
+            stride,
+            tokens,
+            experts,
+            k,
+            groups,
+            top_groups,
+            scoring,
+            flags,
+            weights_format,
+            scale,
+            eps,
+        };
+        let Some(format) = Format::from_number(logits_format) else {
+            let message = format!("gate: there is no number format {logits_format}");
+            return Err(to_python(py, &Error::new(ErrorKind::Device, message)));
+        };
+        let stream = Stream::from_raw(stream);
+        // SAFETY: the caller's tensors.
+        let launched = py.detach(|| unsafe { self.engine.gate_acquire(layer, format, gate, slots, phase, stream) });
         launched.map_err(|error| to_python(py, &error))
     }
 

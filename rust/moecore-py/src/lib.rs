@@ -7,6 +7,7 @@ mod errors;
 mod experts;
 mod host_engine;
 mod replay;
+mod routing;
 mod scanner;
 mod stats;
 
@@ -32,6 +33,11 @@ mod _core {
 
     #[pymodule_export]
     use super::replay::replay_policy;
+
+    #[pymodule_export]
+    use super::routing::{
+        experts_down, experts_up, routing_combine, routing_gate, routing_permute, routing_route, routing_workspace,
+    };
 
     #[pymodule_export]
     use super::scanner::{Cancel, Scanner};

@@ -1,0 +1,261 @@
+// Instructions that CUDA C++ has no words for. Each has a second body in plain C++, by which the kernels run on a CPU
+// (MOECORE_EMULATED).
+#pragma once
+#include "common.cuh"
+
+// `load_once`, or zeros where nothing is wanted. A branch around the load would do, too, but the compiler then puts all
+// such loads into the same registers, and each waits for the one before.
+static __device__ __forceinline__ Vec16 load_once_if(bool wanted, const void *at) {
+#ifdef MOECORE_EMULATED
+    return wanted ? load_once(at) : zero16();
+#else
+    Vec16 v;
+    asm("{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
+        " mov.u32 %0, 0;\n mov.u32 %1, 0;\n mov.u32 %2, 0;\n mov.u32 %3, 0;\n"
+        " @p " LOAD_ONCE " {%0,%1,%2,%3}, [%4];\n}"
+        : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])
+        : "l"(at), "r"((u32)wanted));
+    return v;
+#endif
+}
+
+// A store of 16 bytes that need not stay near. HINT: see PERMUTE_STORE_HINT.
+template <u32 HINT> static __device__ __forceinline__ void store16_as(void *at, const Vec16 &v) {
+#ifndef MOECORE_EMULATED
+    if (HINT == 1) {
+        asm volatile("st.global.cs.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.word[0]), "r"(v.word[1]),
+                     "r"(v.word[2]), "r"(v.word[3])
+                     : "memory");
+        return;
+    }
+    if (HINT == 2) {
+        asm volatile("st.global.L1::no_allocate.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(at), "r"(v.word[0]),
+                     "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3])
+                     : "memory");
+        return;
+    }
+    if (HINT == 3) {
+        u64 policy;
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1,%2,%3,%4}, %5;" ::"l"(at), "r"(v.word[0]),
+                     "r"(v.word[1]), "r"(v.word[2]), "r"(v.word[3]), "l"(policy)
+                     : "memory");
+        return;
+    }
+#endif
+    store16(at, v);
+}
+
+// Two numbers as e4m3, the second one in the upper byte: to nearest even, beyond the range to +-448, NaN to NaN.
+#if __CUDA_ARCH__ >= 890
+static __device__ __forceinline__ u32 e4m3_pair(float low, float high) {
+    u16 pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+#else
+static __device__ __forceinline__ u32 e4m3(float x) {
+    const u32 bits = __float_as_uint(x);
+    const u32 magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u)
+        return 0x7fu;
+    u32 q;
+    if (magnitude >= 0x43e00000u)  // 448, the largest
+        q = 0x7eu;
+    else if (magnitude < 0x3c800000u)  // below 2^-6 in steps of 2^-9: that is what 2^14 rounds to
+        q = __float_as_uint(__fadd_rn(__uint_as_float(magnitude), 16384.0f)) & 0xffu;
+    else  // three bits of the mantissa stay; exponents count from -7 rather than -127
+        q = ((magnitude + 0x7ffffu + (magnitude >> 20 & 1u)) >> 20) - (120u << 3);
+    return bits >> 24 & 0x80u | q;
+}
+
+static __device__ __forceinline__ u32 e4m3_pair(float low, float high) { return e4m3(low) | e4m3(high) << 8; }
+#endif
+
+// Bulk copies, from sm_90 on: one instruction moves up to a whole row into shared memory, or out of it. `full` is a
+// barrier of one thread; each of its phases is over when the bytes that the thread has announced are there.
+#if __CUDA_ARCH__ >= 900
+static __device__ __forceinline__ u32 shared_address(const void *at) { return (u32)__cvta_generic_to_shared(at); }
+
+static __device__ __forceinline__ void bulk_barrier(u64 *full) {
+    asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(shared_address(full)) : "memory");
+}
+
+// What plain loads and stores have done so far holds for bulk copies, too.
+static __device__ __forceinline__ void bulk_fence() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+static __device__ __forceinline__ void bulk_in(void *stage, u64 *full, const void *from, u32 bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(full)), "r"(bytes)
+                 : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                     shared_address(stage)),
+                 "l"(from), "r"(bytes), "r"(shared_address(full))
+                 : "memory");
+}
+
+static __device__ __forceinline__ void bulk_await(u64 *full, u32 parity) {
+    u32 done = 0;
+    while (!done)
+        asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(full)), "r"(parity)
+                     : "memory");
+}
+
+static __device__ __forceinline__ void bulk_out(void *to, const void *stage, u32 bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(stage)),
+                 "r"(bytes)
+                 : "memory");
+}
+
+// What this thread has sent out since the last time is one group.
+static __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// All groups of this thread but the last have left their stages.
+static __device__ __forceinline__ void bulk_left_but_one() {
+    asm volatile("cp.async.bulk.wait_group.read 1;" ::: "memory");
+}
+
+// All groups of this thread have arrived.
+static __device__ __forceinline__ void bulk_arrived() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+#elif defined(MOECORE_EMULATED)
+// Copies are done at once; the barrier counts its phases.
+static inline void bulk_move(void *to, const void *from, u32 bytes) {
+    for (u32 i = 0; i < bytes; ++i)
+        ((u8 *)to)[i] = ((const u8 *)from)[i];
+}
+static inline void bulk_barrier(u64 *full) { *full = 0; }
+static inline void bulk_fence() {}
+static inline void bulk_in(void *stage, u64 *full, const void *from, u32 bytes) {
+    bulk_move(stage, from, bytes);
+    *full += 1;
+}
+static inline void bulk_await(u64 *full, u32 parity) {
+    while ((*(volatile u64 *)full & 1) == parity)
+        __nanosleep(0);
+}
+static inline void bulk_out(void *to, const void *stage, u32 bytes) { bulk_move(to, stage, bytes); }
+static inline void bulk_commit() {}
+static inline void bulk_left_but_one() {}
+static inline void bulk_arrived() {}
+#endif
+
+// The bits of x + 0: -0.0 becomes +0.0, and every NaN 0x7fffffff.
+static __device__ __forceinline__ u32 plain_bits(float x) {
+#ifdef MOECORE_EMULATED
+    return x != x ? 0x7fffffffu : __float_as_uint(x + 0.0f);
+#else
+    return __float_as_uint(__fadd_rn(x, 0.0f));
+#endif
+}
+
+// Read-only memory in loads of 4, 8 or 16 bytes.
+static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[1]) {
+#ifdef MOECORE_EMULATED
+    into[0] = emulated_load<u32>(at);
+#else
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(into[0]) : "l"(at));
+#endif
+}
+
+static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[2]) {
+#ifdef MOECORE_EMULATED
+    const u64 both = emulated_load<u64>(at);
+    into[0] = (u32)both;
+    into[1] = (u32)(both >> 32);
+#else
+    asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(into[0]), "=r"(into[1]) : "l"(at));
+#endif
+}
+
+static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[4]) {
+    const Vec16 v = load_shared(at);
+#pragma unroll
+    for (u32 i = 0; i < 4; ++i)
+        into[i] = v.word[i];
+}
+
+// Programmatic dependent launch: the next kernel of the stream may begin; wait for all that the last one wrote. Without
+// the launch attribute both do nothing.
+static __device__ __forceinline__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+static __device__ __forceinline__ void await_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// A cluster of blocks; a launch without one is a cluster of one block. Its first block's shared memory is the one that
+// all of them change.
+#if __CUDA_ARCH__ >= 900
+static __device__ __forceinline__ u32 cluster_rank() {
+    u32 rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+static __device__ __forceinline__ u32 cluster_size() {
+    u32 size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
+
+static __device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+
+static __device__ __forceinline__ void cluster_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Where the first block has what lies at `mine` here.
+static __device__ __forceinline__ u32 first_blocks(const void *mine) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, 0;" : "=r"(there) : "r"((u32)__cvta_generic_to_shared(mine)));
+    return there;
+}
+
+static __device__ __forceinline__ void or_in_first_block(u32 *mine, u32 bits) {
+    asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;" ::"r"(first_blocks(mine)), "r"(bits)
+                 : "memory");
+}
+
+static __device__ __forceinline__ void put_in_first_block(u16 *mine, u16 value) {
+    asm volatile("st.relaxed.cluster.shared::cluster.u16 [%0], %1;" ::"r"(first_blocks(mine)), "h"(value)
+                 : "memory");
+}
+#elif defined(MOECORE_EMULATED)
+static inline u32 cluster_rank() { return emulated_cluster_rank(); }
+static inline u32 cluster_size() { return emulated_cluster_size(); }
+static inline void cluster_arrive() { emulated_cluster_arrive(); }
+static inline void cluster_wait() { emulated_cluster_wait(); }
+static inline void or_in_first_block(u32 *mine, u32 bits) {
+    emulated_swap((u32 *)emulated_cluster_map(mine, 0), [=](u32 old) { return old | bits; });
+}
+static inline void put_in_first_block(u16 *mine, u16 value) { *(u16 *)emulated_cluster_map(mine, 0) = value; }
+#else
+static __device__ __forceinline__ u32 cluster_rank() { return 0; }
+static __device__ __forceinline__ u32 cluster_size() { return 1; }
+static __device__ __forceinline__ void cluster_arrive() {}
+static __device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+static __device__ __forceinline__ void or_in_first_block(u32 *mine, u32 bits) { atomicOr(mine, bits); }
+static __device__ __forceinline__ void put_in_first_block(u16 *mine, u16 value) { *mine = value; }
+#endif
+
+// What the kernel before this one wrote, 16 bytes, never before await_last().
+static __device__ __forceinline__ Vec16 load_written(const void *at) {
+#ifdef MOECORE_EMULATED
+    return emulated_load<Vec16>(at);
+#else
+    Vec16 v;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(v.word[0]), "=r"(v.word[1]), "=r"(v.word[2]), "=r"(v.word[3])
+                 : "l"(at)
+                 : "memory");
+    return v;
+#endif
+}
