@@ -151,7 +151,7 @@ def text(data: Found) -> str:
         f"Python {told.get('python')}.  ",
         f"Command: `python benches/kernels.py {data.get('command', '')}`", "",
         "**Floors, same process.** " + "; ".join(f"{name} {value:.2f}" for name, value in floors.items())
-        + ": the fastest of copies of 1 and 2 GiB, read and written; a one-element kernel, in a graph of 20 and eagerly.",
+        + ": the fastest of copies of 1 and 2 GiB, read and written; a one-element kernel, in a graph and eagerly.",
         "",
         "**Peers.** " + "; ".join(data.get("peers", []) + data.get("failed", [])) + ".", "",
         *HOW, "",

@@ -77,78 +77,54 @@ template <class T> static __device__ __forceinline__ void choose_groups(const Ga
 
 // --- Choices.
 
-// The exact choice among the lanes' N neighbouring keys, 0 for what may not be chosen. For few rows: each round looks at
-// all keys, but they are in registers.
-template <u32 N> static __device__ __forceinline__ void choose_exactly(u32 k, u32 (&keys)[N], u32 &id) {
-    const u32 lane = threadIdx.x % LANES;
-#pragma unroll 1
-    for (u32 round = 0; round < k; ++round) {
-        u32 best = keys[0];
-#pragma unroll
-        for (u32 i = 1; i < N; ++i)
-            best = max(best, keys[i]);
-        const u32 top = __reduce_max_sync(FULL_WARP, best);
-        const u32 who = __ffs(__ballot_sync(FULL_WARP, best == top)) - 1;
-        u32 at = 0;
-#pragma unroll
-        for (u32 i = N; i-- > 0;)
-            at = keys[i] == top ? i : at;
-        if (lane == who)
-#pragma unroll
-            for (u32 i = 0; i < N; ++i)
-                keys[i] = i == at ? 0 : keys[i];
-        const u32 winner = __shfl_sync(FULL_WARP, lane * N + at, who);
-        if (lane == round)
-            id = winner;
-    }
-}
-
-// The same for rows of several chunks, whose keys are made again in each round.
-template <class T> static __device__ __forceinline__ void choose_from_memory(const GateArgs &a, const Row &row, u32 &id) {
-    const u32 lane = threadIdx.x % LANES;
-    u32 taken = 0;
-#pragma unroll 1
-    for (u32 round = 0; round < a.k; ++round) {
-        u32 best = 0;
-        u32 where = 0;
-#pragma unroll 1
-        for (u32 expert = lane, i = 0; expert < a.experts; expert += LANES, ++i) {
-            if (taken >> i & 1 || (row.group && !(row.kept >> expert / row.group & 1)))
-                continue;
-            const u32 key = key_of<T>(a, row, expert);
-            if (key > best) {
-                best = key;
-                where = expert;
-            }
-        }
-        const u32 top = __reduce_max_sync(FULL_WARP, best);
-        const u32 winner = __reduce_min_sync(FULL_WARP, best == top ? where : ~0u);
-        if (winner % LANES == lane)
-            taken |= 1u << winner / LANES;
-        if (lane == round)
-            id = winner;
-    }
-}
-
-// The exact choice of a row.
+// The keys of a lane's experts of a chunk, from memory; 0 for what may not be chosen.
 template <class T, u32 N>
-static __device__ __forceinline__ void choose_again(const GateArgs &a, const Row &row, bool wide, u32 &id) {
-    if (chunks_of<N>(a) > 1) {
-        choose_from_memory<T>(a, row, id);
-        return;
-    }
-    const u32 first = threadIdx.x % LANES * N;
+static __device__ __forceinline__ void keys_again(const GateArgs &a, const Row &row, bool wide, u32 chunk,
+                                                  u32 (&keys)[N]) {
+    const u32 first = chunk * CHUNK + threadIdx.x % LANES * N;
     float x[N];
     load_logits<T, N>(a, row, first, wide, x);
     rank_values(a, row, first, x);
-    u32 keys[N];
 #pragma unroll
     for (u32 i = 0; i < N; ++i) {
         const u32 group = row.group == N ? first / N : row.group ? (first + i) / row.group : 0;
         const bool stays = !row.group || (group < LANES && row.kept >> group & 1);
         keys[i] = first + i < a.experts && stays ? order_key(x[i]) : 0;
     }
-    choose_exactly<N>(a.k, keys, id);
+}
+
+// The exact choice of a row, for few rows: each round looks at all keys. Those of a single chunk stay in registers.
+template <class T, u32 N>
+static __device__ __forceinline__ void choose_again(const GateArgs &a, const Row &row, bool wide, u32 &id) {
+    const u32 lane = threadIdx.x % LANES;
+    const u32 chunks = chunks_of<N>(a);
+    u32 keys[N];
+    keys_again<T, N>(a, row, wide, 0, keys);
+    u32 taken = 0;  // a bit for each of this lane's experts, N of each chunk
+#pragma unroll 1
+    for (u32 round = 0; round < a.k; ++round) {
+        u32 best = 0;
+        u32 where = 0;
+#pragma unroll 1
+        for (u32 chunk = 0; chunk < chunks; ++chunk) {
+            if (chunks > 1)
+                keys_again<T, N>(a, row, wide, chunk, keys);
+#pragma unroll
+            for (u32 i = 0; i < N; ++i) {
+                const u32 key = taken >> (chunk * N + i) & 1 ? 0 : keys[i];
+                if (key > best) {
+                    best = key;
+                    where = chunk * CHUNK + lane * N + i;
+                }
+            }
+        }
+        const u32 top = __reduce_max_sync(FULL_WARP, best);
+        const u32 winner = __reduce_min_sync(FULL_WARP, best == top ? where : ~0u);
+        if (best == top && winner == where)
+            taken |= 1u << (winner / CHUNK * N + winner % N);
+        if (lane == round)
+            id = winner;
+    }
 }
 
 // Words of the experts from `first` on, sorted.

@@ -32,6 +32,7 @@ static __device__ __forceinline__ i32 row_of(const Scatter &s, u32 token, u32 ch
 // Rows as they are.
 struct PlainRows {
     static const u32 DEPTH = PERMUTE_DEPTH;
+    static const u32 PLACED = ROUTE_PLACE_DEPTH;
     static const bool BULK = true;
 
     // Pieces of a row.
@@ -69,6 +70,7 @@ struct PlainRows {
 // number = x / scale. A NaN makes its scale NaN.
 template <class Format> struct Fp8Rows {
     static const u32 DEPTH = PERMUTE_FP8_DEPTH;
+    static const u32 PLACED = PERMUTE_FP8_DEPTH;
     static const bool BULK = false;
     static const u32 LOADS = 16 / Format::lanes;                // a lane's loads for one store
     static const u32 SHARERS = SCALE_COLUMNS / Format::lanes;   // lanes that load the columns of one scale
@@ -250,7 +252,7 @@ static __device__ void scatter_bulk(const Scatter &s, u32 tokens, u32 block, u32
 template <class Quant, u32 DEPTH>
 static __device__ __forceinline__ void scatter(const Scatter &s, u32 tokens, u32 block, u32 blocks) {
 #ifdef BULK_ROWS
-    if (Quant::BULK && DEPTH == PERMUTE_DEPTH) {
+    if (Quant::BULK && (DEPTH == Quant::DEPTH || DEPTH == Quant::PLACED)) {
         scatter_bulk(s, tokens, block, blocks);
         return;
     }
@@ -269,5 +271,5 @@ static __device__ void scatter_tokens(const void *x, u32 row_bytes, void *rows, 
                                       u32 count, u32 k, const i32 *inverse, u32 row_limit) {
     const u8 *from = (const u8 *)x + (u64)first_token * row_bytes;
     const Scatter s = {from, inverse, (u8 *)rows, scales, row_bytes, k, row_limit};
-    scatter<Quant, Quant::DEPTH>(s, count, 0, 1);
+    scatter<Quant, Quant::PLACED>(s, count, 0, 1);
 }

@@ -156,7 +156,7 @@
 #define GATE_BLOCKS 8
 #endif
 #ifndef GATE_RESIDENT
-#define GATE_RESIDENT 4
+#define GATE_RESIDENT 5
 #endif
 // route in one launch: tokens up to which it is worth it, with and without a cluster of blocks; tokens from which there
 // is a cluster, its blocks and their warps; tokens above which these have as many warps as a block that is alone.
@@ -183,7 +183,8 @@
 #endif
 // route by tiles: tokens up to which a tile has 32 (64 up to twice as many, then 128); tiles above which a kernel of its
 // own adds up the counts (at most 511); warps of a block that counts; threads of a block that places rows, and blocks
-// that share the copy of a tile, for rows of up to so many bytes, and for longer ones.
+// that share the copy of a tile, 16-byte loads of a lane at a time, bytes of a row above which more blocks share a tile,
+// and how many then.
 #ifndef ROUTE_TILE32_TOKENS
 #define ROUTE_TILE32_TOKENS 4096
 #endif
@@ -198,6 +199,9 @@
 #endif
 #ifndef ROUTE_PLACE_SPLIT
 #define ROUTE_PLACE_SPLIT 4
+#endif
+#ifndef ROUTE_PLACE_DEPTH
+#define ROUTE_PLACE_DEPTH 4
 #endif
 #ifndef ROUTE_PLACE_BYTES
 #define ROUTE_PLACE_BYTES 8192

@@ -442,8 +442,8 @@ def test_bad_arguments_and_gradients_are_refused() -> None:
         ops.gate(logits.double(), 2)
     with pytest.raises(ValueError, match="k: 9, must be from 1 to 8"):
         ops.route(logits, 9)
-    with pytest.raises(ValueError, match=r"x: memory at an address of .* modulo 16"):
-        ops.permute(randn(200)[1:193].view(3, 64), torch.zeros(3, 2, dtype=torch.int32, device=DEVICE))
+    with pytest.raises(ValueError, match=r"rows: memory at an address of .* modulo 16"):
+        ops.combine(randn(200)[1:193].view(3, 64), torch.zeros(3, 2, dtype=torch.int32, device=DEVICE))
     with pytest.raises(RuntimeError, match="computes no gradients"):
         ops.gate(logits.requires_grad_(), 2)
     with torch.no_grad():

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import moecore
 import pytest
 import torch
-from moecore.errors import ConfigError
 from moecore.runtime import ahead, routers
 
 if TYPE_CHECKING:
@@ -16,6 +15,12 @@ if TYPE_CHECKING:
 
 TINY = Path(__file__).parents[1] / "data/tiny-moe"
 PROMPT = torch.arange(5, 25)[None]
+
+
+@pytest.fixture(autouse=True)
+def _gate_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a GPU calls stay with the model's own routers; here the gate's specification answers them."""
+    monkeypatch.setattr(routers, "DEVICES", {"cpu"})
 
 
 @pytest.fixture
@@ -71,14 +76,41 @@ def test_a_compiled_step_has_no_break(model: Any, asked: list[tuple[int, int]]) 
     assert [layer for layer, _ in asked] == list(range(len(model.moecore.taken)))
 
 
-def test_a_graph_outlives_its_model(model: Any) -> None:
+def test_a_chooser_outlives_its_model(model: Any) -> None:
     ahead.lead(model, model.moecore.taken)
     chooser = vars(model.get_submodule(routers.replaced(model)[0]))["_moecore_chooser"]
     arguments = {"k": 2, "bias": None, "weights_dtype": torch.float32, "ids_dtype": torch.int64, "scoring": "softmax"}
     logits = torch.randn(3, model.config.num_experts)
-    weights, ids = chooser(logits, arguments)
-    assert torch.equal(ids, logits.topk(2).indices)
-    assert weights.shape == (3, 2)
-    moecore.unwrap(model)
-    with pytest.raises(ConfigError, match="gone or unwrapped"):
-        chooser(logits, arguments)
+    for _ in range(2):
+        weights, ids = chooser(logits, arguments)
+        assert torch.equal(ids, logits.topk(2).indices)
+        assert weights.shape == (3, 2)
+        if hasattr(model, "moecore"):
+            moecore.unwrap(model)
+
+
+def test_a_hooked_router_and_other_devices_ask_nobody(
+    model: Any, asked: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hook may change the ids after the fetch has begun."""
+    done = ahead.lead(model, model.moecore.taken)
+    hook = model.get_submodule(done[0]).register_forward_hook(lambda module, args, output: None)
+    generate(model)
+    assert {layer for layer, _ in asked} == set(range(1, len(done)))
+    hook.remove()
+    asked.clear()
+    monkeypatch.setattr(routers, "DEVICES", {"cuda"})
+    generate(model)
+    assert not asked
+
+
+def test_a_hooked_experts_module_forgets(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead.lead(model, model.moecore.taken)
+    forgotten: list[bool] = []
+    monkeypatch.setattr(model.moecore.backend, "forget", lambda: forgotten.append(True))
+    with torch.no_grad():
+        model(PROMPT)
+        assert not forgotten
+        model.moecore.taken[1].module.register_forward_pre_hook(lambda module, args: None)
+        model(PROMPT)
+    assert forgotten == [True]

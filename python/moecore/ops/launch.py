@@ -27,9 +27,20 @@ _F32 = torch.float32
 _I32, _I64 = torch.int32, torch.int64
 
 #: The stream of a device that torch launches on, as an integer; the public way to it makes an object.
-_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
     lambda device: int(torch.cuda.current_stream(device).cuda_stream)
 )
+
+
+def _first_stream(device: int) -> int:
+    """The above, for the first call: asking for a GPU also finds the compiler in NVIDIA's packages."""
+    global _stream
+    _core.cuda_available()
+    _stream = _raw_stream
+    return int(_stream(device))
+
+
+_stream = _first_stream
 
 
 def gate(logits: Tensor, g: Gating) -> tuple[Tensor, Tensor]:
@@ -117,7 +128,8 @@ def permute_fp8(x: Tensor, inverse: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 
 def _permute(x: Tensor, inverse: Tensor, rows: int, fp8: bool) -> tuple[Tensor, Tensor | None]:
     check.permute(x, inverse, rows, fp8=fp8)
-    check.aligned("x", x.data_ptr())
+    if x.data_ptr() % check.ALIGNMENT:
+        x = x.clone()
     out, scales = _rows(x, rows, fp8)
     tokens, k = inverse.shape
     if tokens and rows:

@@ -102,7 +102,7 @@ def wrap(
         raise ConfigError(f"wrap takes a model that is loaded, not {type(model).__name__}; moecore.load takes a name")
     if any("_moecore" in vars(module) for module in model.modules()):
         raise ConfigError("moecore runs this model, or a part of it, already; call moecore.unwrap on what was wrapped")
-    if REPORT in vars(model):
+    if any(REPORT in vars(module) for module in model.modules()):
         raise ConfigError("moecore.fuse has changed this model; call moecore.unfuse(model) before moecore.wrap(model)")
     refuse(model)
     found = find(model)

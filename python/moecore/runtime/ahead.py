@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moecore import ops
 from moecore.ops.check import Gating
 
 from . import routers
-from .ops import MODULES, gone
+from .ops import MODULES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -57,13 +58,16 @@ def choose_now(
 ) -> tuple[Tensor, Tensor]:
     """The gate of :func:`moecore.ops.gate`, and the experts' fetch where the call is one for the kernel."""
     module = MODULES.get(number, lambda: None)()
-    if module is None:
-        raise gone()
-    handle: Handle = vars(module)["_moecore"]
+    handle: Handle | None = None if module is None else vars(module).get("_moecore")
     gating = Gating(
         k, scoring, bias, groups, top_groups, group_score, renormalize, scale, eps, None, weights_dtype, torch.int64
     )
-    return handle.choose(module, logits, gating)
+    chosen = None if handle is None else handle.choose(module, logits, gating)
+    if chosen is not None:
+        return chosen
+    bare = gating._asdict()
+    del bare["bin_of"], bare["bins"]
+    return ops.gate(logits, **bare)
 
 
 #: The opaque form for `torch.compile`.
@@ -79,6 +83,9 @@ def _(logits: Tensor, bias: Tensor | None, number: int, k: int, *rest: Any) -> t
 def lead(model: nn.Module, taken: list[Taken]) -> list[str]:
     """Exchanges the routers of a model, and has those of taken-over experts fetch what they choose.
 
+    Only in blocks of transformers' own: none of them changes ids between the router and the experts. Compiled code
+    may change them where they lie, which nobody could see.
+
     Returns:
         Paths of the routers that this call has exchanged.
     """
@@ -86,6 +93,8 @@ def lead(model: nn.Module, taken: list[Taken]) -> list[str]:
     ours = routers.replaced(model)
     for one in taken:
         block = one.name.rpartition(".")[0]
+        if not type(model.get_submodule(block)).__module__.startswith("transformers.models."):
+            continue
         beside = [name for name in ours if name.rpartition(".")[0] == block]
         if len(beside) == 1:
             routers.lead_to(model.get_submodule(beside[0]), Chooser(vars(one.module)["_moecore_number"]))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from moecore._core import CudaExperts, HostRows, cuda_available
 from moecore.errors import DeviceError
@@ -17,8 +18,6 @@ from .kernels import Kernels
 from .stats import Stats, collect
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from moecore.ops.check import Gating
 
     from .families import Taken
@@ -88,6 +87,21 @@ def index_of(device: torch.device) -> int:
     return int(torch.cuda.current_device() if device.index is None else device.index)
 
 
+class Routed(NamedTuple):
+    """A choice whose experts have not been called yet.
+
+    The ids are held, so that no other tensor can lie where they do. Slots are good for the stream that found them, and
+    for a graph only if it holds both calls.
+    """
+
+    layer: int
+    ids: Tensor
+    version: int
+    slots: Tensor
+    stream: int
+    capturing: bool
+
+
 class CudaBackend:
     """Experts in a GPU's memory, `slots` of them at a time."""
 
@@ -131,9 +145,7 @@ class CudaBackend:
         self.ring_first, self.chunk, self.halves = self.core.ring
         self.kernels = Kernels(self.engine)
         self.streaming = False
-        #: Layer, ids and slots of a choice whose experts have not been called yet. The ids are held, so that no other
-        #: tensor can lie where they do.
-        self.routed: tuple[int, Tensor, Tensor] | None = None
+        self.routed: Routed | None = None
         # Calls of several threads are enqueued one after another: slots are free when the next call comes.
         self._lock = threading.Lock()
         #: Half of the ring, layer and experts that were staged before they were asked for.
@@ -142,6 +154,8 @@ class CudaBackend:
 
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of a layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
+        if hidden.device != self.device:
+            raise DeviceError(f"the experts are on {self.device}, and hidden states come from {hidden.device}")
         with self._lock:
             return self._run(layer, taken, hidden, index, weights)
 
@@ -157,7 +171,7 @@ class CudaBackend:
     def _decode(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         stream = self._stream()
         index = index.contiguous()
-        slots = self._routed_slots(layer, index)
+        slots = self._routed_slots(layer, index, stream)
         if slots is None:
             if self.streaming:
                 self._end_prefill(stream)
@@ -173,6 +187,8 @@ class CudaBackend:
         Returns:
             Weights [T, k] of ``gating.weights_dtype`` and ids int64 [T, k]; None where the call is none for the kernel.
         """
+        if logits.device != self.device:
+            return None
         tokens, experts = logits.shape
         pairs = tokens * gating.k
         if not (0 < tokens <= DECODE_TOKENS and self.kernels.serves(taken) and experts == taken.num_experts):
@@ -185,7 +201,8 @@ class CudaBackend:
             if self.streaming:
                 self._end_prefill(stream)
             weights = torch.empty(tokens, gating.k, dtype=gating.weights_dtype, device=self.device)
-            ids = torch.empty(tokens, gating.k, dtype=torch.int64, device=self.device)
+            with torch.inference_mode(False):  # inference tensors do not count their changes
+                ids = torch.empty(tokens, gating.k, dtype=torch.int64, device=self.device)
             slots = torch.empty(tokens, gating.k, dtype=torch.int32, device=self.device)
             self.routed = None
             self.engine.gate_acquire(
@@ -194,15 +211,23 @@ class CudaBackend:
                 launch.address(gating.bias), weights.data_ptr(), check.FORMATS[gating.weights_dtype], ids.data_ptr(),
                 gating.scale, gating.eps, slots.data_ptr(), 1, stream,
             )  # fmt: skip
-            self.routed = (layer, ids, slots)
+            capturing = torch.cuda.is_current_stream_capturing()
+            self.routed = Routed(layer, ids, ids._version, slots, stream, capturing)
         return weights, ids
 
-    def _routed_slots(self, layer: int, index: Tensor) -> Tensor | None:
+    def _routed_slots(self, layer: int, index: Tensor, stream: int) -> Tensor | None:
         """The slots that :meth:`route` has found for these ids, if no call has come between."""
         routed, self.routed = self.routed, None
-        if routed is None or routed[0] != layer or routed[1].data_ptr() != index.data_ptr():
+        if routed is None or routed.layer != layer or routed.ids.data_ptr() != index.data_ptr():
             return None
-        return routed[2] if routed[1].shape == index.shape else None
+        if routed.ids.shape != index.shape or routed.ids._version != routed.version:
+            return None
+        same = routed.stream == stream and routed.capturing == torch.cuda.is_current_stream_capturing()
+        return routed.slots if same else None
+
+    def forget(self) -> None:
+        """The ids of the next call may have been changed since :meth:`route`."""
+        self.routed = None
 
     def _stream(self) -> int:
         # A tenth of a microsecond; torch.cuda.current_stream takes eight.
@@ -384,5 +409,6 @@ class CudaBackend:
         torch.cuda.synchronize(self.device)
         self.core.close()
         self._views.clear()
+        self.routed = None
         empty: Any = torch.empty(0, dtype=torch.uint8)
         self.arena = self.table = self.counts = self.stalls = empty

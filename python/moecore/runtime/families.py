@@ -154,7 +154,10 @@ def switch_configs(model: nn.Module, taken: list[Taken]) -> None:
         configs.setdefault(id(one.module.config), one.module.config)
     before = [(config, getattr(config, "_experts_implementation_internal", None)) for config in configs.values()]
     if any(value == NAME for _, value in before):
-        raise ConfigError(f"this {model_type(model)} model is already taken over; call moecore.unwrap first")
+        raise ConfigError(
+            f"this {model_type(model)} model is already taken over: its experts_implementation is 'moecore'; call "
+            "moecore.unwrap on what was wrapped, or model.set_experts_implementation('grouped_mm') if nothing was"
+        )
 
     def undo() -> None:
         for config, value in before:

@@ -8,7 +8,6 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any, Protocol
 
-from moecore import ops
 from moecore.errors import ConfigError, DeviceError, MoecoreError
 
 from .stats import Stats, table
@@ -34,6 +33,9 @@ class Backend(Protocol):
 
     def route(self, layer: int, taken: Taken, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor] | None:
         """The router's choice, where the backend makes it together with the fetch; else None."""
+
+    def forget(self) -> None:
+        """The ids of the next call may not be those that `route` gave."""
 
     def row(self, layer: int, expert: int) -> dict[str, Tensor]:
         """The parts of one expert, copied out."""
@@ -76,16 +78,11 @@ class Handle:
                 raise
             raise self._is_closed() from error  # by another thread, meanwhile
 
-    def choose(self, module: nn.Module, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor]:
-        """What the router beside an experts module chooses: weights and ids [T, k]. Their fetch may begin at once."""
+    def choose(self, module: nn.Module, logits: Tensor, gating: Gating) -> tuple[Tensor, Tensor] | None:
+        """What the router beside an experts module chooses, where that begins its fetch: weights and ids [T, k]."""
         self.check()
         layer = self.layer_of.get(id(module))
-        chosen = None if layer is None else self.backend.route(layer, self.taken[layer], logits, gating)
-        if chosen is not None:
-            return chosen
-        bare = gating._asdict()
-        del bare["bin_of"], bare["bins"]
-        return ops.gate(logits, **bare)
+        return None if layer is None else self.backend.route(layer, self.taken[layer], logits, gating)
 
     def check(self) -> None:
         """Raises where the experts cannot run any more."""

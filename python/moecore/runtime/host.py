@@ -51,6 +51,9 @@ class HostBackend:
         """None: on the CPU the model's own routers choose."""
         return None
 
+    def forget(self) -> None:
+        """Nothing is routed ahead."""
+
     def run(self, layer: int, taken: Taken, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One call of a layer: hidden [T, H], index and weights [T, k] -> [T, H]."""
         routing = compute.Routing.of(taken, index)

@@ -51,6 +51,8 @@ def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> An
 
 def _call(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
     handle: Handle = vars(module)["_moecore"]
+    if module._forward_pre_hooks:
+        handle.backend.forget()
     with torch.no_grad():
         return handle.run(module, hidden, index, weights)
 

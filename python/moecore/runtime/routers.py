@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moecore import ops
+from moecore.ops.check import FORMATS
 
 from .families import find
 from .fingerprint import fingerprint
@@ -31,6 +32,9 @@ MAX_EXPERTS, MAX_K, MAX_GROUPS = 1024, 32, 32
 """What the gate's kernels are made for."""
 
 TRIAL_TOKENS = 64
+
+DEVICES = {"cuda"}
+"""Where calls go to the gate. On others it is plain torch, and slower than what it stands in for."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,8 @@ class RouterSpec:
         not those of `settings` any more.
         """
         exact = logits.dtype == torch.float32 or not self.form.only_float32
-        return exact and not logits.requires_grad and self.form.settings(router) == self.settings
+        runs = logits.device.type in DEVICES and logits.dtype in FORMATS
+        return runs and exact and not logits.requires_grad and self.form.settings(router) == self.settings
 
     def arguments(
         self, router: nn.Module, hidden: Tensor, logits: Tensor, given: Tensor | None = None
@@ -109,7 +114,9 @@ def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
 
     A bound method of this function is what a module gets: so a copy of the module has one of its own.
     """
-    spec: RouterSpec = self._moecore_router
+    spec: RouterSpec | None = getattr(self, "_moecore_router", None)
+    if spec is None:  # given back while somebody else's wrapper held this method
+        return type(self).forward(self, hidden_states, *args, **kwargs)
     form, given = spec.form, None
     plain = form.takes is None and not args and not kwargs
     if form.takes is not None and len(args) + len(kwargs) == 1:
@@ -125,7 +132,7 @@ def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         logits = spec.logits(self, flat)
         if spec.serves(self, logits):
             chooser: Chooser | None = self._moecore_chooser
-            if chooser is None:
+            if chooser is None or self._forward_hooks:  # a hook may change the ids
                 return spec.route(self, flat, logits, given)
             chosen = chooser(logits, spec.arguments(self, flat, logits, given))
             return spec.results(self, flat, logits, *chosen)
@@ -150,8 +157,13 @@ def examine(module: nn.Module) -> tuple[RouterSpec | None, str]:
         return None, "its weights are not in memory"
     if any(type(param.data) is not Tensor for param in module.parameters()):
         return None, "its weights are spread over several devices"
-    settings, experts = form.settings(module), matrix.shape[0]
-    if settings is None or not in_range(settings, experts):
+    experts = matrix.shape[0]
+    try:
+        settings = form.settings(module)
+        fits = settings is not None and in_range(settings, experts)
+    except (AttributeError, TypeError) as error:
+        return None, f"its settings cannot be read: {error}"
+    if settings is None or not fits:
         return None, f"its settings are none that the gate knows ({experts} experts, {settings})"
     if form.only_float32 and matrix.dtype != torch.float32:
         return None, f"it rounds its scores to {str(matrix.dtype).removeprefix('torch.')} before it chooses"
@@ -258,19 +270,24 @@ def replace(model: nn.Module) -> tuple[list[str], dict[str, str]]:
 
 def exchange(model: nn.Module) -> tuple[list[str], dict[str, str]]:
     """As :func:`replace`, without a look at blocks whose router is unknown: their experts may be out of the model."""
-    done, left = [], {}
-    for name, module in model.named_modules():
-        if is_ours(module) or fingerprint_of(module) not in FORMS:
-            continue
-        spec, reason = examine(module)
-        if spec is not None:
-            reason = differs(module, spec)
-        if spec is None or reason:
-            left[name] = reason
-            continue
-        vars(module).update(_moecore_router=spec, _moecore_chooser=None)
-        vars(module)["forward"] = MethodType(forward, module)
-        done.append(name)
+    done: list[str] = []
+    left = {}
+    try:
+        for name, module in model.named_modules():
+            if is_ours(module) or fingerprint_of(module) not in FORMS:
+                continue
+            spec, reason = examine(module)
+            if spec is not None:
+                reason = differs(module, spec)
+            if spec is None or reason:
+                left[name] = reason
+                continue
+            done.append(name)
+            vars(module).update(_moecore_router=spec, _moecore_chooser=None)
+            vars(module)["forward"] = MethodType(forward, module)
+    except BaseException:
+        restore(model, done)
+        raise
     return done, left
 
 
@@ -300,6 +317,8 @@ def unknown(model: nn.Module) -> dict[str, str]:
 def restore(model: nn.Module, names: list[str] | None = None) -> None:
     """Gives routers their own forward again: those at the paths `names`, or all. Harmless when called twice."""
     for name, module in model.named_modules():
-        if is_ours(module) and (names is None or name in names):
-            for key in ("forward", "_moecore_router", "_moecore_chooser"):
-                del vars(module)[key]
+        if "_moecore_router" in vars(module) and (names is None or name in names):
+            if is_ours(module):
+                del vars(module)["forward"]
+            for key in ("_moecore_router", "_moecore_chooser"):
+                vars(module).pop(key, None)

@@ -148,6 +148,9 @@ def refuse_to_save(*_: Any, **__: Any) -> None:
 def release(model: nn.Module, taken: list[Taken]) -> None:
     """Leads calls back to the model's own code."""
     routers.restore(model, vars(model).pop(ROUTERS, []))
+    for module in model.modules():
+        if "_moecore_chooser" in vars(module):  # a router that somebody else has exchanged, or wrapped
+            routers.lead_to(module, None)
     for one in taken:
         one.restore()
         ops.detach(one.module)

@@ -56,7 +56,8 @@ fn few_tokens_are_sorted_in_one_launch() {
     assert_eq!(linked(ROUTE_SMALL_TOKENS), Some(ROUTE_CLUSTER));
     assert_eq!(linked(ROUTE_SMALL_TOKENS + 1), None);
     // One block's shared memory is not enough for all of these.
-    assert_eq!(small(ROUTE_SMALL_TOKENS, MAX_K, MAX_EXPERTS, H100), None);
+    assert_eq!(small(64, MAX_K, MAX_EXPERTS, H100).map(|shape| shape.cluster), Some(ROUTE_CLUSTER));
+    assert_eq!(small(64, MAX_K, MAX_EXPERTS * 4, H100), None);
 }
 
 #[test]
@@ -113,7 +114,7 @@ fn the_workspace_is_long_enough_on_every_gpu() {
 fn copies_of_few_rows_are_cut_finely() {
     let plain = |tokens| plan::permute(tokens, 14336, None, H100).grid.0;
     assert_eq!(plain(PERMUTE_SMALL_TOKENS), PERMUTE_SMALL_TOKENS * 28 / 4);
-    assert_eq!(plain(4096), 4096 * 7 / 4);
+    assert_eq!(plain(4096), 4096 * 4 / 4);
     assert_eq!(plan::permute(4096, 14336, Some(2), H100).grid.0, 4096 * 7 / 4);
     assert_eq!(plan::permute(1, 16, None, H100), Shape::new((1, 1), 128));
     assert_eq!(plan::permute(1 << 24, 14336, None, H100).grid.0, 132 * 1024);
