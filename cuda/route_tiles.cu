@@ -3,7 +3,10 @@
 #include "index.cuh"
 #include "permute.cuh"
 
-static __device__ __forceinline__ u32 tiles_of(const RouteArgs &a) { return (a.gate.tokens + a.tile - 1) / a.tile; }
+// Tokens, tile and bins are all 0 in the launch that only loads a kernel.
+static __device__ __forceinline__ u32 tiles_of(const RouteArgs &a) {
+    return (a.gate.tokens + a.tile - 1) / max(a.tile, 1u);
+}
 
 // Gates the tokens of tile blockIdx.x and counts them by bin.
 // Grid: tiles, block: ROUTE_COUNT_WARPS * 32. Dynamic shared memory: counts [bins] of 4 bytes.
@@ -64,7 +67,7 @@ template <u32 UNIT>
 static __device__ __forceinline__ void add_counts(const RouteArgs &a, u32 tile, u32 *all, u32 *before) {
     const u32 tiles = tiles_of(a);
     const u32 columns = a.bins / UNIT;
-    const u32 shares = max(blockDim.x / columns, 1u);
+    const u32 shares = max(blockDim.x / max(columns, 1u), 1u);
     for (u32 item = threadIdx.x; item < columns * shares; item += blockDim.x) {
         const u32 column = item % columns;
         constexpr u32 WORDS = UNIT == 1 ? 1 : UNIT / 2;

@@ -79,7 +79,8 @@ def test_the_kernels_path_is_grouped_mm(
     assert out.dtype == stock.dtype
     few = name in PLAIN and tokens <= resident.MATVEC_TOKENS
     assert called == (["expert_matvec"] if few else ["index", "permute", "combine"])
-    assert resident.activation(module) == PLAIN.get(name)
+    act = resident.activation(module)
+    assert (None if act is None else resident.ACTIVATION_NAMES[act]) == PLAIN.get(name)
     if weights == torch.float32 and name != "gemma4_text":
         assert torch.equal(out, stock)
     else:  # their weighted rows are rounded to bfloat16 each, ours once
@@ -342,3 +343,20 @@ def test_moecore_alone_imports_no_torch() -> None:
     code = "import moecore, sys; print({'torch', 'transformers'} & set(sys.modules), 'fuse' in moecore.__all__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout == "set() True\n"
+
+
+@torch.no_grad()
+def test_wrapped_fused_and_unwrapped() -> None:
+    """The report goes with the experts, so that the model can be wrapped again."""
+    model, ids = build("qwen3_moe"), torch.arange(5, 25)[None]
+    before = model(ids).logits
+    for _ in range(2):
+        moecore.wrap(model, expert_memory="25%")
+        moecore.fuse(model)
+        assert len(model.moecore_fused.routers) == len(model.moecore.taken)
+        assert model.moecore_fused.experts == ()
+        torch.testing.assert_close(model(ids).logits, before)
+        moecore.unwrap(model)
+        assert not hasattr(model, "moecore_fused")
+        assert routers.replaced(model) == []
+        torch.testing.assert_close(model(ids).logits, before)

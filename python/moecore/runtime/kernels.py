@@ -18,6 +18,19 @@ ACTIVATIONS = {"SiLUActivation": 0, "SiLU": 0, "GELUActivation": 1, "GELUTanh": 
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 
+def activation(module: Any) -> int | None:
+    """The activation's number where gate, product and sum are the plain ones; None where the module has its own way."""
+    plain = (
+        getattr(type(module)._apply_gate, "__module__", "") == "transformers.integrations.moe"
+        and getattr(module, "has_gate", True)
+        and getattr(module, "is_concatenated", True)
+        and not getattr(module, "has_bias", False)
+        and not getattr(module, "is_transposed", False)
+        and not getattr(module, "has_post_expert_norm", False)
+    )
+    return ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__) if plain else None
+
+
 class Kernels:
     """Launches over the slots of one engine."""
 
@@ -46,19 +59,7 @@ class Kernels:
         """The activation's number where gate, product and sum can be fused; None where the module has its own way."""
         key = id(taken)
         if key not in self._fused:
-            module: Any = taken.module
-            stock = getattr(type(module)._apply_gate, "__module__", "") == "transformers.integrations.moe"
-            plain = (
-                stock
-                and getattr(module, "has_gate", True)
-                and getattr(module, "is_concatenated", True)
-                and not getattr(module, "has_bias", False)
-                and not getattr(module, "is_transposed", False)
-                and not getattr(module, "has_post_expert_norm", False)
-                and not taken.adapter.rounds_weights
-            )
-            name = type(getattr(module, "act_fn", None)).__name__
-            self._fused[key] = ACTIVATIONS.get(name) if plain else None
+            self._fused[key] = None if taken.adapter.rounds_weights else activation(taken.module)
         return self._fused[key]
 
     def experts(

@@ -24,7 +24,7 @@ from moecore.errors import ConfigError
 
 from . import families, routers
 from .compute import GROUPS
-from .kernels import ACTIVATIONS, DTYPES
+from .kernels import DTYPES, activation
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -110,24 +110,10 @@ def kernels(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
         act = activation(module)
         if act is not None:
             x, chosen = hidden.contiguous(), weights.contiguous()
-            return ops.expert_matvec(x, index.contiguous(), chosen, up, down, act=act)
+            return ops.expert_matvec(x, index.contiguous(), chosen, up, down, act=ACTIVATION_NAMES[act])
     if can_group(module, up, down) and index.shape[1] <= routers.MAX_K and weights.dtype in DTYPES:
         return grouped(module, hidden, index, weights, up, down)
     return None
-
-
-def activation(module: Any) -> str | None:
-    """The activation's name where gate, product and sum are the plain ones; None where the module has its own way."""
-    plain = (
-        type(module)._apply_gate.__module__ == "transformers.integrations.moe"
-        and module.has_gate
-        and module.is_concatenated
-        and not module.has_bias
-        and not module.is_transposed
-        and not getattr(module, "has_post_expert_norm", False)
-    )
-    number = ACTIVATIONS.get(type(getattr(module, "act_fn", None)).__name__) if plain else None
-    return None if number is None else ACTIVATION_NAMES[number]
 
 
 def can_group(module: nn.Module, up: Tensor, down: Tensor) -> bool:

@@ -9,7 +9,7 @@ import torch
 
 from moecore.errors import BudgetError, ConfigError, MoecoreError
 
-from . import ahead, budget, ops, routers, rows
+from . import ahead, budget, ops, resident, routers, rows
 from .families import pretrained, take_over
 from .handle import Handle
 from .host import HostBackend
@@ -188,6 +188,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         raise ConfigError(
             "the experts are stored quantised and run in that form only; load the model with transformers"
         )
+    resident.unfuse(model)
     device = device_of(model)
     whole = [restored(number, one, handle.backend.row, device) for number, one in enumerate(handle.taken)]
     release(model, handle.taken)

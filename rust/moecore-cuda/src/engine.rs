@@ -89,6 +89,30 @@ pub struct Products {
     pub flags: u32,
 }
 
+impl Products {
+    /// The kernels' arguments, over matrices that begin at `arena`, one for each of `slots`.
+    pub(crate) fn args(&self, arena: u64, slot_bytes: u64, slots: u32) -> ExpertArgs {
+        ExpertArgs {
+            arena,
+            slot_bytes,
+            offset: self.offset,
+            bias_offset: self.bias_offset.unwrap_or(u64::MAX),
+            x: self.x,
+            slots: self.slots,
+            weights: self.weights,
+            out: self.out,
+            tokens: self.tokens,
+            k: self.k,
+            inputs: self.inputs,
+            outputs: self.outputs,
+            act: self.act,
+            flags: self.flags,
+            slot_count: slots,
+            reserved: 0,
+        }
+    }
+}
+
 /// Experts of one model on one GPU.
 #[derive(Debug)]
 pub struct CudaEngine {
@@ -243,24 +267,7 @@ impl CudaEngine {
     /// # Safety
     /// All addresses are valid on the GPU until the launch is over and fit the shapes; the matrices lie inside a slot.
     pub unsafe fn product(&self, what: &Products, stream: Stream) -> Result<()> {
-        let args = ExpertArgs {
-            arena: self.setup.arena,
-            slot_bytes: self.setup.slot_bytes,
-            offset: what.offset,
-            bias_offset: what.bias_offset.unwrap_or(u64::MAX),
-            x: what.x,
-            slots: what.slots,
-            weights: what.weights,
-            out: what.out,
-            tokens: what.tokens,
-            k: what.k,
-            inputs: what.inputs,
-            outputs: what.outputs,
-            act: what.act,
-            flags: what.flags,
-            slot_count: self.setup.slots,
-            reserved: 0,
-        };
+        let args = what.args(self.setup.arena, self.setup.slot_bytes, self.setup.slots);
         let kernels = self.context.kernels()?;
         let _entered = self.context.enter()?;
         // SAFETY: the caller's promise.

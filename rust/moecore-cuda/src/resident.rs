@@ -8,7 +8,6 @@ use moecore::{Error, ErrorKind, Result};
 
 use crate::context::Context;
 use crate::engine::Products;
-use crate::layout::ExpertArgs;
 use crate::stream::Stream;
 
 /// Launches an expert product. Its matrix lies at `offset` of each expert, and its `experts` are
@@ -30,24 +29,7 @@ pub unsafe fn product(
         let message = format!("expert_matvec: {tokens} tokens with {k} experts each are too many for one launch");
         return Err(Error::new(ErrorKind::Device, message));
     }
-    let args = ExpertArgs {
-        arena: tensor,
-        slot_bytes: expert_bytes,
-        offset: what.offset,
-        bias_offset: what.bias_offset.unwrap_or(u64::MAX),
-        x: what.x,
-        slots: what.slots,
-        weights: what.weights,
-        out: what.out,
-        tokens: what.tokens,
-        k: what.k,
-        inputs: what.inputs,
-        outputs: what.outputs,
-        act: what.act,
-        flags: what.flags,
-        slot_count: experts,
-        reserved: 0,
-    };
+    let args = what.args(tensor, expert_bytes, experts);
     let kernels = context.kernels()?;
     let _entered = context.enter()?;
     // SAFETY: the caller's promise.
