@@ -95,6 +95,22 @@ def test_wrap_and_unwrap(resident: list[list[list[int]]]) -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+def test_a_routers_choice_and_its_fetch_are_one_launch(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call of the experts in a decode step finds the slots that its router's launch has found."""
+    model = load("50%")
+    backend, found = model.moecore.backend, []
+    real = backend._routed_slots
+
+    def routed_slots(*args: Any) -> Any:
+        found.append(real(*args))
+        return found[-1]
+
+    monkeypatch.setattr(backend, "_routed_slots", routed_slots)
+    generate(model, prompts()[0])
+    assert len(found) == 16 * len(model.moecore.taken)
+    assert all(slots is not None for slots in found)
+
+
 def test_slots_stay_inside_the_budget(load: Any) -> None:
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
