@@ -1,4 +1,5 @@
 // All kernels in one module.
+#include "align.cu"
 #include "combine.cu"
 #include "experts.cu"
 #include "fetch.cu"

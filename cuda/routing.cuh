@@ -89,3 +89,16 @@ struct CombineArgs {
     float scale;
 };
 static_assert(sizeof(CombineArgs) == 72, "CombineArgs");
+
+struct AlignArgs {
+    const i32 *ends;     // [bins], as RouteArgs has them
+    const i32 *inverse;  // [pairs]: row of each pair, or -1
+    i32 *order;          // out [capacity]: the pair of each place, or `pairs`
+    i32 *owner;          // out [capacity / block]: the bin of each block; -1 behind the last
+    i32 *places;         // out [1]: places of all blocks that have a bin
+    u32 pairs;
+    u32 bins;
+    u32 block;           // places
+    u32 capacity;        // places, whole blocks, enough for any `ends`
+};
+static_assert(sizeof(AlignArgs) == 56, "AlignArgs");

@@ -181,6 +181,10 @@
 #ifndef ROUTE_SMALL_WARPS
 #define ROUTE_SMALL_WARPS 16
 #endif
+// align: threads of a block.
+#ifndef ALIGN_THREADS
+#define ALIGN_THREADS 256
+#endif
 // route by tiles: tokens up to which a tile has 32 (64 up to twice as many, then 128); tiles above which a kernel of its
 // own adds up the counts (at most 511); warps of a block that counts; threads of a block that places rows, and blocks
 // that share the copy of a tile, 16-byte loads of a lane at a time, bytes of a row above which more blocks share a tile,

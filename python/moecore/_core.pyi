@@ -486,6 +486,21 @@ def routing_combine(
 ) -> None:
     """Launches out[t] = residual[t] + shared[t] + scale * sum over j of weights[t, j] * rows[inverse[t, j]]."""
 
+def routing_align(
+    device: int,
+    ends: int,
+    inverse: int,
+    order: int,
+    owner: int,
+    places: int,
+    pairs: int,
+    bins: int,
+    block: int,
+    capacity: int,
+    stream: int,
+) -> None:
+    """Launches the cut of a sorted order into blocks of one bin each."""
+
 def experts_up(
     device: int,
     dtype: int,

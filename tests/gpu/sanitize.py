@@ -80,6 +80,8 @@ def rows(tokens: int, k: int, number: int) -> None:
             moved = ops.permute(x, inverse, count)
             weights = (None, torch.rand(tokens, k).cuda(), torch.rand(tokens, k).to(dtype).cuda())[number % 3]
             ops.combine(moved, inverse, weights, shared=x if number % 2 else None, residual=x, scale=1.5)
+        ends, _, sorted_ = ops.index(torch.rand(tokens, 40).topk(k).indices.int().cuda(), 40)
+        ops.align(ends, sorted_, 16)
         ops.permute_fp8(randn(tokens, 384, dtype=dtype), inverse, count)
 
 

@@ -167,6 +167,16 @@ WIDTHS = [8, 64, 72, 1000, 2048, 2880, 7168]
 CELLS = [(1, 8), (3, 3), (64, 8), (65, 1), (1000, 6), (4096, 2), (513, 32)]
 
 
+@pytest.mark.parametrize("block", [1, 16, 64])
+@pytest.mark.parametrize(("tokens", "experts", "k"), [(1, 128, 8), (33, 60, 4), (300, 1024, 8), (9000, 8, 2)])
+def test_align(tokens: int, experts: int, k: int, block: int) -> None:
+    route = ops.route(randn(tokens, experts), k, valid=torch.tensor([tokens - tokens // 5], device=DEVICE).int())
+    got = ops.align(route.ends, route.inverse, block)
+    want = ops.align(route.ends.cpu(), route.inverse.cpu(), block)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one.cpu(), other)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 def test_permute_and_combine(width: int, dtype: torch.dtype) -> None:

@@ -110,6 +110,10 @@ class CombineArgs(_Args):
     )
 
 
+class AlignArgs(_Args):
+    _fields_ = _fields("ends inverse order owner places", "pairs:u32 bins:u32 block:u32 capacity:u32")
+
+
 class ExpertArgs(_Args):
     _fields_ = [
         ("arena", ctypes.c_void_p),
@@ -121,7 +125,14 @@ class ExpertArgs(_Args):
     ]
 
 
-for _type, _size in ((GateArgs, 88), (RouteArgs, 176), (PermuteArgs, 56), (CombineArgs, 72), (ExpertArgs, 96)):
+for _type, _size in (
+    (GateArgs, 88),
+    (RouteArgs, 176),
+    (PermuteArgs, 56),
+    (CombineArgs, 72),
+    (AlignArgs, 56),
+    (ExpertArgs, 96),
+):
     if ctypes.sizeof(_type) != _size:
         raise AssertionError(f"{_type.__name__} has {ctypes.sizeof(_type)} bytes, not {_size}")
 

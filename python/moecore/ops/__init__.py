@@ -29,7 +29,18 @@ from . import define as define
 from . import launch
 from .check import Gating, refuse_gradients
 
-__all__ = ["Route", "combine", "expert_matvec", "gate", "index", "permute", "permute_fp8", "route", "route_permute"]
+__all__ = [
+    "Route",
+    "align",
+    "combine",
+    "expert_matvec",
+    "gate",
+    "index",
+    "permute",
+    "permute_fp8",
+    "route",
+    "route_permute",
+]
 
 
 class Route(NamedTuple):
@@ -179,6 +190,28 @@ def index(
         return launch.index(ids, experts, bin_of, bins)
     ends, source, inverse = torch.ops.moecore.index.default(ids, experts, bin_of, bins)
     return ends, source, inverse
+
+
+def align(ends: Tensor, inverse: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Cuts a sorted order into blocks of one bin each, as fused expert products take it. One launch.
+
+    Args:
+        ends: [bins] int32, from 1 to 1024 bins.
+        inverse: [T, k] int32; both as :class:`Route` has them.
+        block: places of a block, from 1 to 1024.
+
+    Returns:
+        order [capacity] int32: the pair t * k + j of each place, by row, each bin filled up with T * k to whole blocks;
+        owner [capacity / block] int32: the bin of each block, -1 behind the last one; places [1] int32: those of all
+        blocks that have a bin. capacity = T * k + min(T * k, bins) * (block - 1), less what makes no whole block: it
+        suffices for any ends, so no size depends on the GPU's numbers.
+
+    Raises: as :func:`gate`.
+    """
+    if _direct(ends):
+        return launch.align(ends, inverse, block)
+    order, owner, places = torch.ops.moecore.align.default(ends, inverse, block)
+    return order, owner, places
 
 
 def permute(x: Tensor, inverse: Tensor, rows: int | None = None) -> Tensor:

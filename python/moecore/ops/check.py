@@ -14,6 +14,9 @@ from torch import Tensor
 MAX_EXPERTS = 1024
 MAX_K = 32
 MAX_GROUPS = 32
+MAX_BLOCK = 1024
+"""Places of an aligned block."""
+
 MAX_PAIRS = 2**31 - 1
 """Rows are numbered by int32."""
 
@@ -147,6 +150,32 @@ def index(ids: Tensor, experts: int, bin_of: Tensor | None, count: int | None) -
         _value("experts", experts, f"from 1 to {MAX_EXPERTS}")
     _bins(experts, bin_of, count, ids)
     _pairs("ids", ids.shape[0], k)
+
+
+def align(ends: Tensor, inverse: Tensor, block: int) -> None:
+    """Arguments of align."""
+    _tensor("ends", ends, _INT32)
+    if len(ends.shape) != 1:
+        _shape("ends", ends, "[bins]")
+    _contiguous("ends", ends)
+    bins = ends.shape[0]
+    if not 1 <= bins <= MAX_EXPERTS:
+        _value("ends", f"{bins} bins", f"from 1 to {MAX_EXPERTS}")
+    _tensor("inverse", inverse, _INT32)
+    if len(inverse.shape) != 2:
+        _shape("inverse", inverse, "[T, k]")
+    _contiguous("inverse", inverse)
+    _device("inverse", inverse, ends, "ends")
+    if not isinstance(block, int) or not 1 <= block <= MAX_BLOCK:
+        _value("block", block, f"from 1 to {MAX_BLOCK}")
+    pairs = inverse.shape[0] * inverse.shape[1]
+    if capacity(pairs, bins, block) > MAX_PAIRS:
+        _value("inverse", f"{pairs} pairs", f"few enough for places below 2**31 in blocks of {block}")
+
+
+def capacity(pairs: Any, bins: Any, block: int) -> Any:
+    """Places, in whole blocks, that suffice for so many pairs however they are spread over the bins."""
+    return (pairs + torch.sym_min(pairs, bins) * (block - 1)) // block * block
 
 
 def _rows(name: str, x: Tensor, *, fp8: bool) -> None:

@@ -26,6 +26,7 @@ SCHEMAS = {
     "route": f"(Tensor logits, {_GATE}, {_BINS}) -> "
     "(Tensor weights, Tensor ids, Tensor ends, Tensor source, Tensor inverse)",
     "index": f"(Tensor ids, int experts, {_BINS}) -> (Tensor ends, Tensor source, Tensor inverse)",
+    "align": "(Tensor ends, Tensor inverse, int block) -> (Tensor order, Tensor owner, Tensor places)",
     "permute": "(Tensor x, Tensor inverse, SymInt rows) -> Tensor",
     "permute_fp8": "(Tensor x, Tensor inverse, SymInt rows) -> (Tensor rows, Tensor scales)",
     # Without fp8 there are no scales: [0, 0].
@@ -86,6 +87,11 @@ def _index_cpu(ids: Tensor, experts: int, bin_of: Tensor | None = None, bins: in
     return reference.index(ids, experts, bin_of, bins)
 
 
+def _align_cpu(ends: Tensor, inverse: Tensor, block: int) -> tuple[Tensor, ...]:
+    check.align(ends, inverse, block)
+    return reference.align(ends, inverse, block)
+
+
 def _permute_cpu(x: Tensor, inverse: Tensor, rows: int) -> Tensor:
     check.permute(x, inverse, rows, fp8=False)
     return reference.permute(x, inverse, rows)
@@ -143,6 +149,12 @@ def _route_permute_fake(x: Tensor, logits: Tensor, fp8: bool, *options: Any) -> 
 def _index_fake(ids: Tensor, experts: int, bin_of: Tensor | None = None, bins: int | None = None) -> tuple[Tensor, ...]:
     check.index(ids, experts, bin_of, bins)
     return _empty_index(ids, ids.shape[0], ids.shape[1], experts if bins is None else bins)
+
+
+def _align_fake(ends: Tensor, inverse: Tensor, block: int) -> tuple[Tensor, ...]:
+    check.align(ends, inverse, block)
+    room = check.capacity(inverse.shape[0] * inverse.shape[1], ends.shape[0], block)
+    return ends.new_empty(room), ends.new_empty(room // block), ends.new_empty(1)
 
 
 def _permute_fake(x: Tensor, inverse: Tensor, rows: int) -> Tensor:
@@ -217,6 +229,7 @@ for _name, _cuda, _cpu, _fake in (
     ("index", launch.index, _index_cpu, _index_fake),
     ("permute", launch.permute, _permute_cpu, _permute_fake),
     ("permute_fp8", launch.permute_fp8, _permute_fp8_cpu, _permute_fp8_fake),
+    ("align", launch.align, _align_cpu, _align_fake),
     ("combine", launch.combine, _combine_cpu, _combine_fake),
     ("expert_matvec", launch.expert_matvec, _expert_matvec_cpu, _expert_matvec_fake),
 ):

@@ -114,6 +114,24 @@ def index(
     return ends, source, inverse
 
 
+def align(ends: Tensor, inverse: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """order [capacity], owner [capacity / block], places [1]."""
+    check.align(ends, inverse, block)
+    pairs, bins, device = inverse.numel(), ends.shape[0], ends.device
+    room = check.capacity(pairs, bins, block)
+    order = torch.empty(room, dtype=_I32, device=device)
+    owner = torch.empty(room // block, dtype=_I32, device=device)
+    if not pairs:
+        return order, owner, torch.zeros(1, dtype=_I32, device=device)
+    places = torch.empty(1, dtype=_I32, device=device)
+    number = ends.get_device()
+    _core.routing_align(
+        number, ends.data_ptr(), inverse.data_ptr(), order.data_ptr(), owner.data_ptr(), places.data_ptr(), pairs, bins,
+        block, room, _stream(number),
+    )  # fmt: skip
+    return order, owner, places
+
+
 def permute(x: Tensor, inverse: Tensor, rows: int) -> Tensor:
     """[rows, H]."""
     return _permute(x, inverse, rows, False)[0]

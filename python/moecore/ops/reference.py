@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .check import capacity
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -146,6 +148,29 @@ def index(
     row[order] = torch.arange(order.numel(), device=ids.device)
     inverse = row.masked_fill(~somebody, -1).view_as(ids)
     return ends.int(), source.int(), inverse.int()
+
+
+def align(ends: Tensor, inverse: Tensor, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """ends [bins], inverse [T, k] -> order [capacity], owner [capacity / block], places [1], all int32.
+
+    The pairs t * k + j by their rows, each bin filled up to whole blocks of `block` places. order: the pair of each
+    place, or T * k where there is none. owner: the bin of each block, -1 behind the last. places: how many the bins'
+    blocks have together. Source: vLLM's `moe_align_block_size`, whose order inside a bin is left open; here it is the
+    rows'.
+    """
+    pairs, bins = inverse.numel(), ends.numel()
+    room = capacity(pairs, bins, block)
+    order = torch.full((room,), pairs, dtype=torch.int32)
+    owner = torch.full((room // block,), -1, dtype=torch.int32)
+    pair_of = {row: pair for pair, row in enumerate(inverse.flatten().tolist()) if row >= 0}
+    place = start = 0
+    for number, end in enumerate(ends.tolist()):
+        for at, row in enumerate(range(start, end)):
+            order[place + at] = pair_of[row]
+        blocks = -(-(end - start) // block)
+        owner[place // block : place // block + blocks] = number
+        place, start = place + blocks * block, end
+    return order, owner, torch.tensor([place], dtype=torch.int32)
 
 
 def permute(x: Tensor, inverse: Tensor, rows: int) -> Tensor:

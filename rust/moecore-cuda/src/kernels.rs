@@ -83,11 +83,12 @@ pub(crate) enum Family {
     Permute,
     PermuteFp8,
     Combine,
+    Align,
 }
 
 /// Every family in the order of [`Family`]: its kernels' name, and for how many of [`FORMATS`] and of [`WIDTHS`] there is
 /// one. With a single one the name has no such ending.
-const FAMILIES: [(Family, &str, usize, usize); 16] = [
+const FAMILIES: [(Family, &str, usize, usize); 17] = [
     (Family::Acquire, "moecore_acquire", 1, 1),
     (Family::GateAcquire, "moecore_gate_acquire", 3, 1),
     (Family::UpdateTable, "moecore_update_table", 1, 1),
@@ -104,6 +105,7 @@ const FAMILIES: [(Family, &str, usize, usize); 16] = [
     (Family::Permute, "moecore_permute", 1, 1),
     (Family::PermuteFp8, "moecore_permute_fp8", 3, 1),
     (Family::Combine, "moecore_combine", 3, 1),
+    (Family::Align, "moecore_align", 1, 1),
 ];
 const FORMATS: [&str; 3] = ["_f32", "_bf16", "_f16"];
 /// Neighbouring experts of a lane: for 64 experts, 128, and any other number.

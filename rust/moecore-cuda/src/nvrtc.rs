@@ -13,7 +13,8 @@ use moecore::{Error, ErrorKind, Result};
 /// What is compiled.
 const SOURCE: (&CStr, &str) = (c"image.cu", include_str!("../../../cuda/image.cu"));
 /// What it includes.
-const HEADERS: [(&CStr, &str); 19] = [
+const HEADERS: [(&CStr, &str); 20] = [
+    (c"align.cu", include_str!("../../../cuda/align.cu")),
     (c"combine.cu", include_str!("../../../cuda/combine.cu")),
     (c"common.cuh", include_str!("../../../cuda/common.cuh")),
     (c"copy.cuh", include_str!("../../../cuda/copy.cuh")),

@@ -35,6 +35,8 @@ pub const ROUTE_CLUSTER_WARPS: u32 = 8;
 pub const ROUTE_CLUSTER_FEW: u32 = 64;
 /// Warps of the block that does it alone.
 pub const ROUTE_SMALL_WARPS: u32 = 16;
+/// Threads of a block of `align`.
+pub const ALIGN_THREADS: u32 = 256;
 /// Tokens up to which a tile has 32.
 pub const ROUTE_TILE32_TOKENS: u32 = 4096;
 /// Tiles above which a kernel of its own adds up their counts.
@@ -91,6 +93,7 @@ mod tests {
             ("ROUTE_CLUSTER", super::ROUTE_CLUSTER),
             ("ROUTE_CLUSTER_WARPS", super::ROUTE_CLUSTER_WARPS),
             ("ROUTE_SMALL_WARPS", super::ROUTE_SMALL_WARPS),
+            ("ALIGN_THREADS", super::ALIGN_THREADS),
             ("ROUTE_TILE32_TOKENS", super::ROUTE_TILE32_TOKENS),
             ("ROUTE_SCAN_TILES", super::ROUTE_SCAN_TILES),
             ("ROUTE_COUNT_WARPS", super::ROUTE_COUNT_WARPS),

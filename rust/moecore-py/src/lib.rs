@@ -36,7 +36,8 @@ mod _core {
 
     #[pymodule_export]
     use super::routing::{
-        experts_down, experts_up, routing_combine, routing_gate, routing_permute, routing_route, routing_workspace,
+        experts_down, experts_up, routing_align, routing_combine, routing_gate, routing_permute, routing_route,
+        routing_workspace,
     };
 
     #[pymodule_export]

@@ -7,7 +7,7 @@ use moecore_cuda::context::Context;
 use moecore_cuda::engine::Products;
 use moecore_cuda::kernels::{Format, Product};
 use moecore_cuda::resident;
-use moecore_cuda::routing::{self, CombineArgs, GateArgs, PermuteArgs, RouteArgs, Routing};
+use moecore_cuda::routing::{self, AlignArgs, CombineArgs, GateArgs, PermuteArgs, RouteArgs, Routing};
 use moecore_cuda::stream::Stream;
 use pyo3::prelude::*;
 
@@ -232,6 +232,33 @@ pub fn routing_combine(
         let context = Context::of(device)?;
         // SAFETY: the caller's tensors.
         unsafe { Routing::on(&context)?.combine(format, &args, Stream::from_raw(stream)) }
+    };
+    launch().map_err(|error| to_python(py, &error))
+}
+
+/// Launches the cut of a sorted order into blocks of one bin each.
+#[pyfunction]
+#[pyo3(signature = (device, ends, inverse, order, owner, places, pairs, bins, block, capacity, stream))]
+#[expect(clippy::too_many_arguments, reason = "a launch")]
+pub fn routing_align(
+    py: Python<'_>,
+    device: u32,
+    ends: u64,
+    inverse: u64,
+    order: u64,
+    owner: u64,
+    places: u64,
+    pairs: u32,
+    bins: u32,
+    block: u32,
+    capacity: u32,
+    stream: u64,
+) -> PyResult<()> {
+    let args = AlignArgs { ends, inverse, order, owner, places, pairs, bins, block, capacity };
+    let launch = || {
+        let context = Context::of(device)?;
+        // SAFETY: the caller's tensors.
+        unsafe { Routing::on(&context)?.align(&args, Stream::from_raw(stream)) }
     };
     launch().map_err(|error| to_python(py, &error))
 }

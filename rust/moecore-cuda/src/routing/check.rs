@@ -4,8 +4,8 @@
 use moecore::{Error, ErrorKind, Result};
 
 use super::layout::{
-    CombineArgs, GROUP_TOP2, GateArgs, IDS_I64, LAST_SCORING, MAX_EXPERTS, MAX_K, PermuteArgs, RENORMALIZE, RouteArgs,
-    SCALED_COLUMNS,
+    AlignArgs, CombineArgs, GROUP_TOP2, GateArgs, IDS_I64, LAST_SCORING, MAX_BLOCK, MAX_EXPERTS, MAX_K, PermuteArgs,
+    RENORMALIZE, RouteArgs, SCALED_COLUMNS,
 };
 use super::plan;
 use crate::kernels::Format;
@@ -114,6 +114,25 @@ pub(super) fn combine(args: &CombineArgs) -> Result<()> {
         aligned(op, name, address, 16)?;
     }
     Ok(())
+}
+
+/// Arguments of the cut into blocks.
+pub(super) fn align(args: &AlignArgs) -> Result<()> {
+    let op = "align";
+    range(op, "pairs", args.pairs, 0, i32::MAX.unsigned_abs())?;
+    range(op, "bins", args.bins, 1, MAX_EXPERTS)?;
+    range(op, "block", args.block, 1, MAX_BLOCK)?;
+    range(op, "capacity", args.capacity, 0, i32::MAX.unsigned_abs())?;
+    let most = args.pairs.min(args.bins) * (args.block - 1);
+    if u64::from(args.capacity) + u64::from(args.block) <= u64::from(args.pairs) + u64::from(most) {
+        return Err(wrong(op, &format!("capacity is {}, too little for any order of the pairs", args.capacity)));
+    }
+    for (name, address) in [("ends", args.ends), ("order", args.order), ("owner", args.owner), ("places", args.places)]
+    {
+        present(op, name, address)?;
+        aligned(op, name, address, 4)?;
+    }
+    aligned(op, "inverse", args.inverse, 4)
 }
 
 /// A format by its number.

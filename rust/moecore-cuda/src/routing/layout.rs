@@ -5,6 +5,8 @@
 pub const MAX_EXPERTS: u32 = 1024;
 /// Experts of a token.
 pub const MAX_K: u32 = 32;
+/// Places of an aligned block.
+pub const MAX_BLOCK: u32 = 1024;
 /// The last of the scorings.
 pub const LAST_SCORING: u32 = 3;
 /// Flag: weights are divided by their sum.
@@ -96,11 +98,28 @@ pub struct CombineArgs {
     pub scale: f32,
 }
 
+/// Arguments of the cut into blocks of one bin each.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+#[expect(missing_docs, reason = "cuda/routing.cuh says what each means")]
+pub struct AlignArgs {
+    pub ends: u64,
+    pub inverse: u64,
+    pub order: u64,
+    pub owner: u64,
+    pub places: u64,
+    pub pairs: u32,
+    pub bins: u32,
+    pub block: u32,
+    pub capacity: u32,
+}
+
 // The kernels assert the same numbers.
 const _: () = assert!(size_of::<GateArgs>() == 88);
 const _: () = assert!(size_of::<RouteArgs>() == 176);
 const _: () = assert!(size_of::<PermuteArgs>() == 56);
 const _: () = assert!(size_of::<CombineArgs>() == 72);
+const _: () = assert!(size_of::<AlignArgs>() == 56);
 
 #[cfg(test)]
 mod tests {
@@ -145,6 +164,7 @@ mod tests {
                weights_format scale eps);
         agree!(RouteArgs: gate bin_of ends source inverse counts starts x rows scales bins row_bytes x_format tile);
         agree!(PermuteArgs: x inverse out scales tokens k rows row_bytes x_format reserved);
+        agree!(AlignArgs: ends inverse order owner places pairs bins block capacity);
         agree!(CombineArgs: rows inverse weights shared residual out tokens k row_count row_bytes weights_format scale);
     }
 

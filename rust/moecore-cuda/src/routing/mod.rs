@@ -150,6 +150,17 @@ impl<'a> Routing<'a> {
         unsafe { self.launch(Kernel::with(Family::Combine, format), &shape, stream, args) }
     }
 
+    /// Cuts a sorted order into blocks of one bin each.
+    ///
+    /// # Safety
+    /// All addresses are valid on the GPU until the launch is over, and fit the shapes.
+    pub unsafe fn align(&self, args: &AlignArgs, stream: Stream) -> Result<()> {
+        check::align(args)?;
+        let shape = plan::align(args.pairs, args.bins, self.kernels.gpu());
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(Kernel::of(Family::Align), &shape, stream, args) }
+    }
+
     /// # Safety
     /// `args` is what the kernel takes, and its addresses are valid on the GPU.
     unsafe fn launch<T>(&self, kernel: Kernel, shape: &Shape, stream: Stream, args: &T) -> Result<()> {

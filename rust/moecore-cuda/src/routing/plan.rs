@@ -3,9 +3,9 @@
 
 use crate::kernels::{Gpu, Shape};
 use crate::tuning::{
-    COMBINE_BLOCKS, COMBINE_IN_FLIGHT, COMBINE_WARPS, GATE_BLOCKS, GATE_SMALL_TOKENS, GATE_WARPS, PERMUTE_BLOCKS,
-    PERMUTE_DEPTH, PERMUTE_FP8_DEPTH, PERMUTE_SMALL_TOKENS, PERMUTE_WARPS, ROUTE_ALONE_TOKENS, ROUTE_CLUSTER,
-    ROUTE_CLUSTER_FEW, ROUTE_CLUSTER_FROM, ROUTE_CLUSTER_WARPS, ROUTE_COUNT_WARPS, ROUTE_PLACE_BYTES,
+    ALIGN_THREADS, COMBINE_BLOCKS, COMBINE_IN_FLIGHT, COMBINE_WARPS, GATE_BLOCKS, GATE_SMALL_TOKENS, GATE_WARPS,
+    PERMUTE_BLOCKS, PERMUTE_DEPTH, PERMUTE_FP8_DEPTH, PERMUTE_SMALL_TOKENS, PERMUTE_WARPS, ROUTE_ALONE_TOKENS,
+    ROUTE_CLUSTER, ROUTE_CLUSTER_FEW, ROUTE_CLUSTER_FROM, ROUTE_CLUSTER_WARPS, ROUTE_COUNT_WARPS, ROUTE_PLACE_BYTES,
     ROUTE_PLACE_LONG_SPLIT, ROUTE_PLACE_SPLIT, ROUTE_PLACE_THREADS, ROUTE_SCAN_TILES, ROUTE_SMALL_TOKENS,
     ROUTE_SMALL_WARPS, ROUTE_TILE32_TOKENS,
 };
@@ -146,6 +146,12 @@ pub(super) fn permute(tokens: u32, row_bytes: u32, becomes_fp8: Option<u32>, gpu
 pub(super) fn combine(tokens: u32, k: u32, row_bytes: u32, gpu: Gpu) -> Shape {
     let units = if UNROLLED.contains(&k) { (COMBINE_IN_FLIGHT / (k + 2)).max(1) } else { 1 };
     pieces(tokens, row_bytes.div_ceil(STEP * units), COMBINE_WARPS, gpu.processors * COMBINE_BLOCKS)
+}
+
+/// The cut of so many pairs into blocks.
+pub(super) fn align(pairs: u32, bins: u32, gpu: Gpu) -> Shape {
+    let blocks = pairs.div_ceil(4 * ALIGN_THREADS).clamp(1, gpu.processors);
+    Shape { shared: 4 * (bins + 32), ..Shape::new((blocks, 1), ALIGN_THREADS) }
 }
 
 /// A warp for each of so many pieces of each token.
