@@ -21,6 +21,7 @@ __all__ = [
     "experts_down",
     "experts_up",
     "replay_policy",
+    "routing_align",
     "routing_combine",
     "routing_gate",
     "routing_permute",
