@@ -1,4 +1,4 @@
-// Arguments of the routing kernels, as rust/moecore-cuda/src/routing/layout.rs fills them; both sides assert their sizes.
+// Arguments of the routing kernels, as rust/moecore-cuda/src/routing/layout.rs has them; both sides assert their sizes.
 // What each field means in numbers is written down as plain torch in python/moecore/ops/reference.py.
 #pragma once
 #include "numbers.cuh"

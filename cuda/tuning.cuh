@@ -59,8 +59,8 @@
 #ifndef UP_BLOCKS
 #define UP_BLOCKS 4
 #endif
-// expert_down: the same; warps of a block, warps of them that share the experts of an output, outputs of a warp, experts that it
-// reads side by side, and 16-byte loads in flight of each.
+// expert_down: the same; warps of a block, warps of them that share the experts of an output, outputs of a warp,
+// experts that it reads side by side, and 16-byte loads in flight of each.
 #ifndef DOWN_BLOCKS
 #define DOWN_BLOCKS 3
 #endif
@@ -187,7 +187,7 @@
 #endif
 // route by tiles: tokens up to which a tile has 32 (64 up to twice as many, then 128); tiles above which a kernel of its
 // own adds up the counts (at most 511); warps of a block that counts; threads of a block that places rows, and blocks
-// that share the copy of a tile, 16-byte loads of a lane at a time, bytes of a row above which more blocks share a tile,
+// that share the copy of a tile; 16-byte loads of a lane at a time; bytes of a row above which more blocks share a tile,
 // and how many then.
 #ifndef ROUTE_TILE32_TOKENS
 #define ROUTE_TILE32_TOKENS 4096

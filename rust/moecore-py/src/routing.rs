@@ -266,7 +266,8 @@ pub fn routing_align(
 /// Launches h[p] = act(gate) * up for each pair, over all experts' concatenated matrices.
 #[pyfunction]
 #[pyo3(signature = (
-    device, dtype, weights_ptr, expert_stride_bytes, experts, x, slots, slots_i64, out, tokens, k, inputs, outputs, act, stream,
+    device, dtype, weights_ptr, expert_stride_bytes, experts, x, slots, slots_i64, out, tokens, k, inputs, outputs, act,
+    stream,
 ))]
 #[expect(clippy::too_many_arguments, reason = "a launch")]
 pub fn experts_up(
@@ -312,8 +313,8 @@ pub fn experts_up(
 /// Launches out[t] = sum over k of weight * down(h[t, k]).
 #[pyfunction]
 #[pyo3(signature = (
-    device, dtype, weights_ptr, expert_stride_bytes, experts, x, slots, slots_i64, weights, weights_f32, out, tokens, k, inputs, outputs,
-    stream,
+    device, dtype, weights_ptr, expert_stride_bytes, experts, x, slots, slots_i64, weights, weights_f32, out, tokens, k,
+    inputs, outputs, stream,
 ))]
 #[expect(clippy::too_many_arguments, reason = "a launch")]
 pub fn experts_down(
