@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 SMS = torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
 FORMATS = {torch.float32: ("f32", 0), torch.bfloat16: ("bf16", 1), torch.float16: ("f16", 2)}
-RENORMALIZE, GROUP_TOP2 = 1, 2
+RENORMALIZE, GROUP_TOP2, BY_LOGITS, BY_SCORES = 1, 2, 8, 16
 SIGMOID = 1
 
 
@@ -66,9 +66,11 @@ class Case:
         raise NotImplementedError
 
 
-def width(experts: int) -> str:
-    """The suffix of a gate kernel."""
-    return "w2" if experts <= 64 else "w4" if experts <= 128 else "w8"
+def rule(shape: Shape) -> tuple[str, int]:
+    """The end of a gate kernel's name, and the flag that goes with it: these shapes all have a short way."""
+    way, flag = ("scores", BY_SCORES) if shape.groups > 1 else ("logits", BY_LOGITS)
+    each = next(n for n in (2, 4, 8, 16) if shape.experts <= 32 * n)
+    return f"{way}_{FORMATS[shape.dtype][0]}_w{each}", flag
 
 
 class Gate(Case):
@@ -92,17 +94,17 @@ class Gate(Case):
             logits=at(self.logits[i]), bias=at(self.bias), weights=at(self.weights), ids=at(self.ids), valid=0,
             stride=s.experts, tokens=s.tokens, experts=s.experts, k=s.k, groups=s.groups,
             top_groups=s.groups // 2 if grouped else 1, scoring=SIGMOID if grouped else 0,
-            flags=RENORMALIZE | (GROUP_TOP2 if grouped else 0), weights_format=0, scale=1.0, eps=0.0,
+            flags=RENORMALIZE | (GROUP_TOP2 if grouped else 0) | rule(s)[1], weights_format=0, scale=1.0, eps=0.0,
         )  # fmt: skip
 
     def steps(self, n: Defines, i: int) -> list[Step]:
         s = self.shape
-        name = f"moecore_gate_{FORMATS[s.dtype][0]}_{width(s.experts)}"
+        name, early = f"moecore_gate_{rule(s)[0]}", bool(n.get("EARLY", 1))
         if s.tokens <= n.get("GATE_SMALL_TOKENS", 0):
-            launch = Launch(name, (s.tokens, 1), 32)
+            launch = Launch(name, (s.tokens, 1), 32, 0, 0, early)
         else:
             blocks = min(ceil(s.tokens, n["GATE_WARPS"]), n["GATE_BLOCKS"] * SMS)
-            launch = Launch(name, (blocks, 1), 32 * n["GATE_WARPS"])
+            launch = Launch(name, (blocks, 1), 32 * n["GATE_WARPS"], 0, 0, early)
         return [("gate.cu", launch, self.gate_args(i))]
 
     def right(self) -> bool:
@@ -149,7 +151,7 @@ class Route(Gate):
             counts=at(self.counts), starts=at(self.starts) if scan else 0, x=at(self.x[i]) if self.x else 0,
             rows=at(self.rows), scales=0, bins=s.experts, row_bytes=s.hidden * 2, x_format=1, tile=tile,
         )  # fmt: skip
-        suffix = f"{FORMATS[s.dtype][0]}_{width(s.experts)}"
+        suffix = rule(s)[0]
         if self.one:
             return [("route_small.cu", self.small(n, f"moecore_route_small_{suffix}"), args)]
         early = bool(n.get("EARLY", 1))
@@ -172,16 +174,16 @@ class Route(Gate):
         return 32 if self.shape.tokens <= limit else 64 if self.shape.tokens <= 2 * limit else 128
 
     def small(self, n: Defines, name: str) -> Launch:
-        s = self.shape
+        s, early = self.shape, bool(n.get("EARLY", 1))
         if s.tokens == 1:
-            return Launch(name, (1, 1), 32)
+            return Launch(name, (1, 1), 32, 0, 0, early)
         shared = up16(4 * (s.experts * ceil(s.tokens, 32) + s.experts + 32) + 2 * s.tokens * s.k)
         if s.tokens >= n["ROUTE_CLUSTER_FROM"]:
             blocks = n["ROUTE_CLUSTER"]
             few = s.tokens <= n["ROUTE_CLUSTER_FEW"]
             warps = n["ROUTE_CLUSTER_WARPS" if few else "ROUTE_SMALL_WARPS"]
-            return Launch(name, (blocks, 1), 32 * warps, shared, blocks)
-        return Launch(name, (1, 1), 32 * min(s.tokens, n["ROUTE_SMALL_WARPS"]), shared)
+            return Launch(name, (blocks, 1), 32 * warps, shared, blocks, early)
+        return Launch(name, (1, 1), 32 * min(s.tokens, n["ROUTE_SMALL_WARPS"]), shared, 0, early)
 
     def right(self) -> bool:
         s = self.shape

@@ -59,7 +59,7 @@ BULKS = tuple(
 def families() -> list[Family]:
     """By importance."""
     gates = [Shape(1, 128, 8), Shape(64, 256, 8), Shape(4096, 128, 8), Shape(8192, 256, 8), Shape(8192, 60, 4)]
-    gates += [Shape(8192, 64, 4), Shape(4096, 256, 8, groups=8), Shape(65536, 256, 8, **BF16)]
+    gates += [Shape(8192, 64, 4), Shape(8192, 256, 8, groups=8), Shape(65536, 256, 8, **BF16), Shape(8192, 512, 10)]
     few = [
         Shape(t, e, 8)
         for t, e in ((1, 128), (1, 256), (4, 128), (16, 256), (32, 256), (64, 128), (64, 256), (128, 256), (256, 256))
@@ -71,10 +71,14 @@ def families() -> list[Family]:
     experts = [Shape(t, 128, 8, 2048, 768, **BF16) for t in (1, 2, 8)]
     return [
         Family("gate", ("gate.cu",), cases.Gate, tuple(gates), {
-             "GATE_BLOCKS": (2, 4, 8, 16, 32, 64), "GATE_SMALL_TOKENS": (0, 256, 1024),
+             "GATE_BLOCKS": (2, 3, 4, 6, 8, 16, 64), "GATE_SMALL_TOKENS": (0, 256, 1024), "EARLY": (0,),
+             "GATE_RESIDENT": (3, 4, 6), "GATE_LOGITS_RESIDENT": (3, 4, 5, 8), "GATE_WIDE_RESIDENT": (2, 4),
         }, tuple(
-            {"GATE_WARPS": warps, "GATE_RESIDENT": blocks}
-            for warps, blocks in ((1, 32), (2, 16), (4, 4), (4, 6), (4, 12), (4, 16), (8, 3), (8, 4), (8, 6), (16, 2))
+            {"GATE_WARPS": 8, "GATE_BLOCKS": blocks, "GATE_RESIDENT": blocks, "GATE_LOGITS_RESIDENT": blocks}
+            for blocks in (3, 4, 5, 6)
+        ) + tuple(
+            {"GATE_WARPS": 4, "GATE_BLOCKS": 64, "GATE_RESIDENT": blocks, "GATE_LOGITS_RESIDENT": blocks + 2,
+             "GATE_WIDE_RESIDENT": blocks - 3} for blocks in (8, 10)
         )),
         Family("route_small", ("route_small.cu",), partial(cases.Route, one=True), tuple(few), {
             "ROUTE_SMALL_WARPS": (8, 32), "ROUTE_CLUSTER_FROM": (8, 16, 32, 64, 128, 100000),

@@ -266,10 +266,12 @@ extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS) moecore_acquire(co
         acquire(a, call);
 }
 
-template <class T, u32 N> static __device__ __forceinline__ void gate_tokens(const GateArgs &a) {
-    const bool plain = gates_plainly<T, N>(a);
-    for (u32 token = warp_number(); token < a.tokens; token += ACQUIRE_THREADS / LANES)
-        gate_token<T, N>(a, token, a.tokens, plain);
+// The tokens of a block's warps, by the rule that the arguments name.
+template <class T, u32 N> static __device__ __forceinline__ void gate_block(const GateArgs &a) {
+    if (a.flags & GATE_BY_LOGITS)
+        gate_tokens<T, N, GATE_BY_LOGITS>(a, warp_number(), ACQUIRE_THREADS / LANES);
+    else
+        gate_tokens<T, N, GATE_BY_SCORES>(a, warp_number(), ACQUIRE_THREADS / LANES);
 }
 
 // The same, with the ids from the router's logits. Every block chooses for itself: a warp takes a token in less time
@@ -278,12 +280,16 @@ template <class T> static __device__ __forceinline__ void gate_acquire(const Gat
     __shared__ Call call;
     if (a.acquire.pairs == 0)
         return;
-    if (a.gate.experts <= 2 * LANES)
-        gate_tokens<T, 2>(a.gate);
+    if (!(a.gate.flags & (GATE_BY_LOGITS | GATE_BY_SCORES)))
+        gate_tokens<T, 8, 0>(a.gate, warp_number(), ACQUIRE_THREADS / LANES);
+    else if (a.gate.experts <= 2 * LANES)
+        gate_block<T, 2>(a.gate);
     else if (a.gate.experts <= 4 * LANES)
-        gate_tokens<T, 4>(a.gate);
+        gate_block<T, 4>(a.gate);
+    else if (a.gate.experts <= 8 * LANES)
+        gate_block<T, 8>(a.gate);
     else
-        gate_tokens<T, 8>(a.gate);
+        gate_block<T, 16>(a.gate);
     __syncthreads();
     acquire(a.acquire, call);
 }

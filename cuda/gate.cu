@@ -1,29 +1,33 @@
-// gate: logits to the k best experts of each token and their weights. A kernel for each format and for each width: N
-// experts a lane, w2 up to 64 experts, w4 up to 128, w8 for all others.
+// gate: logits to the k best experts of each token and their weights. A kernel for each format and rule; of the fast
+// rules one for each width: N experts a lane, w2 up to 64 experts, w4 up to 128, w8 up to 256, w16 up to 512.
 #include "gate.cuh"
 
 // Any grid will do. Best for few tokens is a block of one warp for each; for many, blocks of GATE_WARPS warps, at most
 // GATE_BLOCKS for each multiprocessor.
 // Grid: tokens / warps of a block; block: 32 or GATE_WARPS * 32.
-template <class T, u32 N> static __device__ __forceinline__ void gate(const GateArgs &a) {
+template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void gate(const GateArgs &a) {
+    let_next_begin();
+    await_last();
     const u32 warps = blockDim.x / LANES;
-    const u32 valid = valid_tokens(a);
-    const bool plain = gates_plainly<T, N>(a);
-    for (u64 token = (u64)blockIdx.x * warps + warp_number(); token < a.tokens; token += (u64)gridDim.x * warps)
-        gate_token<T, N>(a, (u32)token, valid, plain);
+    gate_tokens<T, N, RULE>(a, blockIdx.x * warps + warp_number(), gridDim.x * warps);
 }
 
-#define GATE_KERNEL(suffix, T, N)                                                                                      \
-    extern "C" __global__ void __launch_bounds__(GATE_WARPS *LANES, GATE_RESIDENT)                                     \
-        moecore_gate_##suffix##_w##N(const GateArgs a) {                                                               \
-        gate<T, N>(a);                                                                                                 \
+#define GATE_KERNEL(name, T, N, RULE, RESIDENT)                                                                        \
+    extern "C" __global__ void __launch_bounds__(GATE_WARPS *LANES, RESIDENT) moecore_gate_##name(const GateArgs a) {  \
+        gate<T, N, RULE>(a);                                                                                           \
     }
 
-#define GATE_KERNELS(N)                                                                                                \
-    GATE_KERNEL(f32, F32, N)                                                                                           \
-    GATE_KERNEL(bf16, Bf16, N)                                                                                         \
-    GATE_KERNEL(f16, F16, N)
+#define GATE_KERNELS(suffix, T)                                                                                        \
+    GATE_KERNEL(suffix, T, 8, 0, GATE_RESIDENT)                                                                        \
+    GATE_KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS, GATE_LOGITS_RESIDENT)                                      \
+    GATE_KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS, GATE_LOGITS_RESIDENT)                                      \
+    GATE_KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS, GATE_LOGITS_RESIDENT)                                      \
+    GATE_KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS, GATE_WIDE_RESIDENT)                                      \
+    GATE_KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES, GATE_RESIDENT)                                             \
+    GATE_KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES, GATE_RESIDENT)                                             \
+    GATE_KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES, GATE_RESIDENT)                                             \
+    GATE_KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES, GATE_WIDE_RESIDENT)
 
-GATE_KERNELS(2)
-GATE_KERNELS(4)
-GATE_KERNELS(8)
+GATE_KERNELS(f32, F32)
+GATE_KERNELS(bf16, Bf16)
+GATE_KERNELS(f16, F16)

@@ -20,12 +20,12 @@ static __device__ __forceinline__ i64 given_id(const GateArgs &a, u64 pair) {
 }
 
 // A token's bins, to lanes j < k of a warp: gated, or of given ids.
-template <class T, u32 N>
-static __device__ __forceinline__ u32 bins_of_token(const RouteArgs &a, u32 token, u32 valid, bool plain) {
+template <class T, u32 N, u32 RULE>
+static __device__ __forceinline__ u32 bins_of_token(const RouteArgs &a, u32 token, u32 valid) {
     const u32 lane = threadIdx.x % LANES;
     i64 id = -1;
     if (a.gate.logits)
-        id = gate_token<T, N>(a.gate, token, valid, plain);
+        id = gate_token<T, N, RULE>(a.gate, token, valid);
     else if (token < valid && lane < a.gate.k)
         id = given_id(a.gate, (u64)token * a.gate.k + lane);
     return lane < a.gate.k ? bin_of(a, id) : NO_BIN;

@@ -21,16 +21,16 @@ static __device__ __forceinline__ float key_value(u32 key) {
     return __uint_as_float(ordered & 0x80000000u ? ordered ^ 0x80000000u : ~ordered);
 }
 
-static __device__ __forceinline__ void larger_first(u32 &a, u32 &b) {
-    const u32 low = min(a, b);
+template <class W> static __device__ __forceinline__ void larger_first(W &a, W &b) {
+    const W low = min(a, b);
     a = max(a, b);
     b = low;
 }
 
 // Sorting networks, largest first: 1, 5 and 19 comparisons.
-static __device__ __forceinline__ void sort_words(u32 (&w)[2]) { larger_first(w[0], w[1]); }
+template <class W> static __device__ __forceinline__ void sort_words(W (&w)[2]) { larger_first(w[0], w[1]); }
 
-static __device__ __forceinline__ void sort_words(u32 (&w)[4]) {
+template <class W> static __device__ __forceinline__ void sort_words(W (&w)[4]) {
     larger_first(w[0], w[1]);
     larger_first(w[2], w[3]);
     larger_first(w[0], w[2]);
@@ -38,7 +38,7 @@ static __device__ __forceinline__ void sort_words(u32 (&w)[4]) {
     larger_first(w[1], w[2]);
 }
 
-static __device__ __forceinline__ void sort_words(u32 (&w)[8]) {
+template <class W> static __device__ __forceinline__ void sort_words(W (&w)[8]) {
     larger_first(w[0], w[2]);
     larger_first(w[1], w[3]);
     larger_first(w[4], w[6]);
@@ -61,7 +61,7 @@ static __device__ __forceinline__ void sort_words(u32 (&w)[8]) {
 }
 
 // The largest N of two sorted lists, sorted: what is larger of each pair of opposite places is bitonic.
-template <u32 N> static __device__ __forceinline__ void merge_words(u32 (&list)[N], const u32 (&other)[N]) {
+template <class W, u32 N> static __device__ __forceinline__ void merge_words(W (&list)[N], const W (&other)[N]) {
 #pragma unroll
     for (u32 i = 0; i < N; ++i)
         list[i] = max(list[i], other[N - 1 - i]);

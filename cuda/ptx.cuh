@@ -149,14 +149,51 @@ static __device__ __forceinline__ u32 plain_bits(float x) {
 #endif
 }
 
-// Read-only memory in loads of 4, 8 or 16 bytes.
-static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[1]) {
+// The same of two 16-bit numbers at once: every NaN is 0x7fff.
 #ifdef MOECORE_EMULATED
-    into[0] = emulated_load<u32>(at);
+static inline u32 plain_half(u32 half, u32 infinity) {
+    return (half & 0x7fffu) > infinity ? 0x7fffu : half == 0x8000u ? 0 : half;
+}
+static inline u32 plain_bf16_pair(u32 pair) { return plain_half(pair & 0xffffu, 0x7f80u) | plain_half(pair >> 16, 0x7f80u) << 16; }
+static inline u32 plain_f16_pair(u32 pair) { return plain_half(pair & 0xffffu, 0x7c00u) | plain_half(pair >> 16, 0x7c00u) << 16; }
 #else
-    asm("ld.global.nc.u32 %0, [%1];" : "=r"(into[0]) : "l"(at));
+static __device__ __forceinline__ u32 plain_bf16_pair(u32 pair) {
+    u32 plain;  // x * 1 + 0
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(plain) : "r"(pair), "r"(0x3f803f80u), "r"(0u));
+    return plain;
+}
+static __device__ __forceinline__ u32 plain_f16_pair(u32 pair) {
+    u32 plain;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(plain) : "r"(pair), "r"(0x3c003c00u), "r"(0u));
+    return plain;
+}
+#endif
+
+// 0xffff for each half that is negative.
+static __device__ __forceinline__ u32 signs_of_pair(u32 pair) {
+#ifdef MOECORE_EMULATED
+    return __byte_perm(pair, pair, 0xbb99u);
+#else
+    u32 signs;
+    asm("prmt.b32 %0, %1, %1, 0xbb99;" : "=r"(signs) : "r"(pair));
+    return signs;
 #endif
 }
+
+// 1 / x for x >= 1 to the last bit or the one before it, and 0 where that would be below 2^-126.
+static __device__ __forceinline__ float reciprocal(float x) {
+#ifdef MOECORE_EMULATED
+    return x > 0x1p126f ? 0.0f : 1.0f / x;
+#else
+    float about;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(about) : "f"(x));
+    return x > 0x1p126f ? 0.0f : __fmaf_rn(about, __fmaf_rn(-x, about, 1.0f), about);
+#endif
+}
+
+// Memory in loads of 4, 8 or 16 bytes. Plain ones: they stay behind await_last(), and see what came before it. Those of
+// read-only memory (ld.global.nc) promise neither.
+static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[1]) { into[0] = *(const u32 *)at; }
 
 static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[2]) {
 #ifdef MOECORE_EMULATED
@@ -164,15 +201,24 @@ static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[2]
     into[0] = (u32)both;
     into[1] = (u32)(both >> 32);
 #else
-    asm("ld.global.nc.v2.u32 {%0,%1}, [%2];" : "=r"(into[0]), "=r"(into[1]) : "l"(at));
+    const uint2 v = *(const uint2 *)at;
+    into[0] = v.x;
+    into[1] = v.y;
 #endif
 }
 
 static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[4]) {
-    const Vec16 v = load_shared(at);
-#pragma unroll
+#ifdef MOECORE_EMULATED
+    const Vec16 v = emulated_load<Vec16>(at);
     for (u32 i = 0; i < 4; ++i)
         into[i] = v.word[i];
+#else
+    const uint4 v = *(const uint4 *)at;
+    into[0] = v.x;
+    into[1] = v.y;
+    into[2] = v.z;
+    into[3] = v.w;
+#endif
 }
 
 // Programmatic dependent launch: the next kernel of the stream may begin; wait for all that the last one wrote. Without

@@ -31,8 +31,10 @@ static __device__ __forceinline__ void index_one(const RouteArgs &a, u32 bin) {
 // Grid: 1, or one cluster of ROUTE_CLUSTER blocks. Block: 32 for one token, else whole warps, best one for each token
 // of the block; 512 at most. Dynamic shared memory, none for one token: masks [words][bins], starts [bins], partial
 // [LANES], bins of all pairs [tokens][k] (u16).
-template <class T, u32 N> static __device__ __forceinline__ void route_small(const RouteArgs &a) {
+template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void route_small(const RouteArgs &a) {
     extern __shared__ u32 shared[];
+    let_next_begin();
+    await_last();
     const u32 lane = threadIdx.x % LANES;
     const u32 k = a.gate.k;
     const u32 tokens = a.gate.tokens;
@@ -49,10 +51,9 @@ template <class T, u32 N> static __device__ __forceinline__ void route_small(con
 
     const u32 warps = blockDim.x / LANES;
     const u32 valid = valid_tokens(a.gate);
-    const bool plain = gates_plainly<T, N>(a.gate);
     bool cleared = false;  // the masks, as this warp knows
     for (u32 token = cluster_rank() * warps + warp_number(); token < tokens; token += cluster_size() * warps) {
-        const u32 bin = bins_of_token<T, N>(a, token, valid, plain);
+        const u32 bin = bins_of_token<T, N, RULE>(a, token, valid);
         if (tokens == 1) {
             index_one(a, bin);
             return;
@@ -93,17 +94,22 @@ template <class T, u32 N> static __device__ __forceinline__ void route_small(con
     }
 }
 
-#define SMALL_KERNEL(suffix, T, N)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(ROUTE_SMALL_WARPS *LANES, 1)                                          \
-        moecore_route_small_##suffix##_w##N(const RouteArgs a) {                                                       \
-        route_small<T, N>(a);                                                                                          \
+#define SMALL_KERNEL(name, T, N, RULE)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(ROUTE_SMALL_WARPS *LANES, 1) moecore_route_small_##name(const RouteArgs a) {\
+        route_small<T, N, RULE>(a);                                                                                    \
     }
 
-#define SMALL_KERNELS(N)                                                                                               \
-    SMALL_KERNEL(f32, F32, N)                                                                                          \
-    SMALL_KERNEL(bf16, Bf16, N)                                                                                        \
-    SMALL_KERNEL(f16, F16, N)
+#define SMALL_KERNELS(suffix, T)                                                                                       \
+    SMALL_KERNEL(suffix, T, 8, 0)                                                                                      \
+    SMALL_KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS)                                                           \
+    SMALL_KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS)                                                           \
+    SMALL_KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS)                                                           \
+    SMALL_KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS)                                                         \
+    SMALL_KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES)                                                           \
+    SMALL_KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES)                                                           \
+    SMALL_KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES)                                                           \
+    SMALL_KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES)
 
-SMALL_KERNELS(2)
-SMALL_KERNELS(4)
-SMALL_KERNELS(8)
+SMALL_KERNELS(f32, F32)
+SMALL_KERNELS(bf16, Bf16)
+SMALL_KERNELS(f16, F16)

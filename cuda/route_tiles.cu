@@ -10,7 +10,7 @@ static __device__ __forceinline__ u32 tiles_of(const RouteArgs &a) {
 
 // Gates the tokens of tile blockIdx.x and counts them by bin.
 // Grid: tiles, block: ROUTE_COUNT_WARPS * 32. Dynamic shared memory: counts [bins] of 4 bytes.
-template <class T, u32 N> static __device__ __forceinline__ void route_count(const RouteArgs &a) {
+template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void route_count(const RouteArgs &a) {
     extern __shared__ u32 shared[];
     let_next_begin();
     u32 *counts = shared;
@@ -18,11 +18,10 @@ template <class T, u32 N> static __device__ __forceinline__ void route_count(con
         counts[bin] = 0;
     __syncthreads();
     const u32 valid = valid_tokens(a.gate);
-    const bool plain = gates_plainly<T, N>(a.gate);
     const u32 first = blockIdx.x * a.tile;
     const u32 end = min(first + a.tile, a.gate.tokens);
     for (u32 token = first + warp_number(); token < end; token += blockDim.x / LANES) {
-        const u32 bin = bins_of_token<T, N>(a, token, valid, plain);
+        const u32 bin = bins_of_token<T, N, RULE>(a, token, valid);
         if (bin != NO_BIN)
             atomicAdd(counts + bin, 1u);
     }
@@ -176,20 +175,25 @@ template <class Quant> static __device__ __forceinline__ void route_place(const 
                           (u32)slots);
 }
 
-#define COUNT_KERNEL(suffix, T, N)                                                                                     \
-    extern "C" __global__ void __launch_bounds__(ROUTE_COUNT_WARPS *LANES, 2)                                          \
-        moecore_route_count_##suffix##_w##N(const RouteArgs a) {                                                       \
-        route_count<T, N>(a);                                                                                          \
+#define COUNT_KERNEL(name, T, N, RULE)                                                                                 \
+    extern "C" __global__ void __launch_bounds__(ROUTE_COUNT_WARPS *LANES, 2) moecore_route_count_##name(const RouteArgs a) {\
+        route_count<T, N, RULE>(a);                                                                                    \
     }
 
-#define COUNT_KERNELS(N)                                                                                               \
-    COUNT_KERNEL(f32, F32, N)                                                                                          \
-    COUNT_KERNEL(bf16, Bf16, N)                                                                                        \
-    COUNT_KERNEL(f16, F16, N)
+#define COUNT_KERNELS(suffix, T)                                                                                       \
+    COUNT_KERNEL(suffix, T, 8, 0)                                                                                      \
+    COUNT_KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS)                                                           \
+    COUNT_KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS)                                                           \
+    COUNT_KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS)                                                           \
+    COUNT_KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS)                                                         \
+    COUNT_KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES)                                                           \
+    COUNT_KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES)                                                           \
+    COUNT_KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES)                                                           \
+    COUNT_KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES)
 
-COUNT_KERNELS(2)
-COUNT_KERNELS(4)
-COUNT_KERNELS(8)
+COUNT_KERNELS(f32, F32)
+COUNT_KERNELS(bf16, Bf16)
+COUNT_KERNELS(f16, F16)
 
 extern "C" __global__ void __launch_bounds__(1024) moecore_route_scan(const RouteArgs a) { route_scan(a); }
 

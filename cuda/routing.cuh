@@ -12,6 +12,8 @@
 #define GATE_RENORMALIZE 1u  // weights are divided by their sum + eps
 #define GATE_GROUP_TOP2 2u   // a group's score is the sum of its two best, else its best
 #define GATE_IDS_I64 4u      // ids are int64, else int32
+#define GATE_BY_LOGITS 8u    // one of the two ways of gate_fast.cuh will do; only then is it said
+#define GATE_BY_SCORES 16u
 
 // Number formats by number, as `Format` in rust/moecore-cuda/src/kernels.rs.
 #define FORMAT_F32 0u

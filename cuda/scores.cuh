@@ -7,7 +7,8 @@
 // Experts of a row that a warp ranks with lists of N words in each lane.
 #define CHUNK (N * LANES)
 
-// Words of memory to logits: -inf in all of a word, and number i of some words.
+// Words of memory to logits: -inf in all of a word, number i of some words; of 16-bit ones a pair without -0.0 and with
+// one NaN, and the number that a word's upper half is.
 template <class T> struct Logits;
 template <> struct Logits<F32> {
     static const u32 minus_infinity = 0xff800000u;
@@ -15,12 +16,16 @@ template <> struct Logits<F32> {
 };
 template <> struct Logits<Bf16> {
     static const u32 minus_infinity = 0xff80ff80u;
+    static __device__ __forceinline__ u32 plain(u32 pair) { return plain_bf16_pair(pair); }
+    static __device__ __forceinline__ float upper(u32 word) { return __uint_as_float(word & 0xffff0000u); }
     static __device__ __forceinline__ float get(const u32 *words, u32 i) {
         return __uint_as_float(i % 2 ? words[i / 2] & 0xffff0000u : words[i / 2] << 16);
     }
 };
 template <> struct Logits<F16> {
     static const u32 minus_infinity = 0xfc00fc00u;
+    static __device__ __forceinline__ u32 plain(u32 pair) { return plain_f16_pair(pair); }
+    static __device__ __forceinline__ float upper(u32 word) { return F16::value((u16)(word >> 16)); }
     static __device__ __forceinline__ float get(const u32 *words, u32 i) {
         return F16::value((u16)(words[i / 2] >> i % 2 * 16));
     }
@@ -56,7 +61,9 @@ static __device__ __forceinline__ float sum_of_choices(float x, u32 k) {
 }
 
 // The same steps wherever a score is made, with no step left to be fused: its bits are compared.
-static __device__ __forceinline__ float sigmoid(float x) { return __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-x))); }
+static __device__ __forceinline__ float sigmoid(float x) { return reciprocal(__fadd_rn(1.0f, expf(-x))); }
+
+static __device__ __forceinline__ float sqrt_softplus(float x) { return sqrtf(x > 20.0f ? x : log1pf(expf(x))); }
 
 static __device__ __forceinline__ float score_of(u32 scoring, float top, float inverse, float x) {
     switch (scoring) {
@@ -65,7 +72,7 @@ static __device__ __forceinline__ float score_of(u32 scoring, float top, float i
     case SCORE_SIGMOID:
         return sigmoid(x);
     case SCORE_SQRT_SOFTPLUS:
-        return sqrtf(x > 20.0f ? x : log1pf(expf(x)));
+        return sqrt_softplus(x);
     default:
         return x;
     }

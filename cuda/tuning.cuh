@@ -145,7 +145,7 @@
 #endif
 
 // gate: tokens up to which a block has one warp; warps of a block otherwise, blocks for each multiprocessor at most, and
-// blocks whose registers must fit into one at a time.
+// blocks whose registers must fit into one at a time: in general, by logits of at most 256 experts, and of more than 256.
 #ifndef GATE_SMALL_TOKENS
 #define GATE_SMALL_TOKENS 1024
 #endif
@@ -157,6 +157,12 @@
 #endif
 #ifndef GATE_RESIDENT
 #define GATE_RESIDENT 5
+#endif
+#ifndef GATE_LOGITS_RESIDENT
+#define GATE_LOGITS_RESIDENT 6
+#endif
+#ifndef GATE_WIDE_RESIDENT
+#define GATE_WIDE_RESIDENT 3
 #endif
 // route in one launch: tokens up to which it is worth it, with and without a cluster of blocks; tokens from which there
 // is a cluster, its blocks and their warps; tokens above which these have as many warps as a block that is alone.

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from guarded import FORMATS
+from guarded import DTYPES, FORMATS
 from moecore.ops import reference
 
 SCORINGS = ("softmax", "sigmoid", "sqrtsoftplus", "softmax_topk")
-RENORMALIZE, TOP2, IDS_I64 = 1, 2, 4
+RENORMALIZE, TOP2, IDS_I64, BY_LOGITS, BY_SCORES = 1, 2, 4, 8, 16
+WAYS = {BY_LOGITS: "logits_", BY_SCORES: "scores_"}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 #: Below this a float32 has fewer digits than the tolerance asks for.
 SMALLEST = 1.2e-38
 
@@ -46,8 +48,31 @@ class Gate:
 
 
 def width(experts: int) -> int:
-    """Which of the kernels serves so many experts."""
-    return 2 if experts <= 64 else 4 if experts <= 128 else 8
+    """Experts that each lane owns, in the short ways."""
+    return next((n for n in (2, 4, 8, 16) if experts <= 32 * n), 16)
+
+
+def kernel(family: str, dtype: torch.dtype, experts: int, way: int) -> str:
+    """The name of a family's kernel for one of the short ways, or for 0 of the long one."""
+    wide = f"_w{width(experts)}" if way else ""
+    return f"moecore_{family}_{WAYS.get(way, '')}{NAMES[dtype]}{wide}"
+
+
+def rule(gate: Gate, logits: torch.Tensor, stride: int, biased: bool, off: int = 0) -> int:
+    """The flag of the short way that serves these rows, or 0. As rust/moecore-cuda/src/routing/rule.rs has it."""
+    experts, bytes_ = logits.shape[1], logits.element_size()
+    each = width(experts)
+    load = min(each * bytes_, 16)
+    whole = experts % (load // bytes_) == 0 and off % load == 0 and stride * bytes_ % load == 0
+    if experts > 512 or gate.k > 31 or not whole:
+        return 0
+    if not biased and gate.groups <= 1:
+        return BY_LOGITS
+    size = experts // gate.groups
+    lanes = size // each
+    groups = gate.groups <= 1 or (each <= 8 and size % each == 0 and lanes & (lanes - 1) == 0)
+    ranked = gate.scoring in ("sigmoid", "sqrtsoftplus") and (biased or gate.group_score == "top2")
+    return BY_SCORES if groups and ranked else 0
 
 
 def hard_rows(experts: int, dtype: torch.dtype, seed: int, more: int = 3) -> torch.Tensor:

@@ -6,11 +6,10 @@ import guarded
 import pytest
 import torch
 from emulated import SCHEDULES, GateArgs, library
-from gating import IDS_I64, Gate, check_ids, check_weights, format_of, hard_rows, width
+from gating import IDS_I64, Gate, check_ids, check_weights, format_of, hard_rows, kernel, rule
 from guarded import DTYPES, Launch, Memory
 
 EXPERTS = (1, 2, 8, 16, 60, 64, 72, 96, 128, 160, 256, 384, 512, 896, 1024)
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def choices(experts: int) -> list[int]:
@@ -29,11 +28,15 @@ def run_gate(
     off: int = 0,
     grid: int = 3,
     block: int = 0,
+    short: bool = True,
     schedules: tuple[int, ...] = SCHEDULES,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights and ids of a launch. `gap`: numbers between rows. `off`: bytes by which the logits are not aligned."""
+    """Weights and ids of a launch. `gap`: numbers between rows. `off`: bytes by which the logits are not aligned.
+    `short`: by the short way, if there is one.
+    """
     tokens, experts = logits.shape
-    name = f"moecore_gate_{NAMES[logits.dtype]}_w{width(experts)}"
+    way = rule(gate, logits, experts + gap, bias is not None, off) if short else 0
+    name = kernel("gate", logits.dtype, experts, way)
     lib, memory = library("gate.cu"), Memory()
     wide = torch.full((tokens, experts + gap), 99.0).to(logits.dtype)
     wide[:, :experts] = logits
@@ -42,7 +45,7 @@ def run_gate(
     weights = memory.output((tokens, gate.k), weights_dtype)
     ids = memory.output((tokens, gate.k), torch.int64 if i64 else torch.int32)
     fields = gate.fields()
-    fields["flags"] = gate.flags | (IDS_I64 if i64 else 0)
+    fields["flags"] = gate.flags | (IDS_I64 if i64 else 0) | way
     args = GateArgs(
         logits=given, bias=memory.input(bias), weights=weights, ids=ids, stride=experts + gap, tokens=tokens,
         experts=experts, weights_format=format_of(weights), **fields,
@@ -173,7 +176,7 @@ def test_results_that_nobody_wants(name: str) -> None:
         name: memory.output((9, 4), torch.float32 if name == "weights" else torch.int32),
     }
     args = GateArgs(logits=x, stride=60, tokens=9, experts=60, **Gate(4).fields(), **out)
-    guarded.run(memory, [Launch(lib, "moecore_gate_f32_w2", 3, (args,))])
+    guarded.run(memory, [Launch(lib, "moecore_gate_f32", 3, (args,))])
     weights, ids = Gate(4).reference(logits, None)
     expected = {"weights": weights, "ids": ids}[name]
     torch.testing.assert_close(out[name], expected, rtol=2e-6, atol=0)

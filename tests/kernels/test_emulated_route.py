@@ -8,12 +8,11 @@ import guarded
 import pytest
 import torch
 from emulated import SCHEDULES, GateArgs, RouteArgs, library
-from gating import IDS_I64, Gate, check_ids, check_weights, hard_rows, width
+from gating import BY_LOGITS, BY_SCORES, IDS_I64, NAMES, Gate, check_ids, check_weights, hard_rows, kernel, rule
 from guarded import DTYPES, FORMATS, POISONS, Launch, Memory, bits
 from moecore.ops import reference
 
 EXPERTS = (1, 2, 8, 16, 60, 64, 72, 96, 128, 160, 256, 384, 512, 896, 1024)
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -79,6 +78,8 @@ def route(
         scales = memory.output((tokens * k, hidden // 128), torch.float32, whole=False) if fp8 else None
     fields = gate.fields()
     fields["flags"] = gate.flags | (IDS_I64 if ids.dtype == torch.int64 else 0)
+    if logits is not None:
+        fields["flags"] |= rule(gate, logits, experts, bias is not None)
     tiles = -(-tokens // way.tile) if way.tile else 0
     args = RouteArgs(
         gate=GateArgs(
@@ -93,11 +94,11 @@ def route(
         x=memory.input(x), rows=rows, scales=scales, row_bytes=0 if x is None else x.stride(0) * x.element_size(),
         x_format=0 if x is None else FORMATS[x.dtype],
     )  # fmt: skip
-    kind = f"{NAMES[torch.float32 if logits is None else logits.dtype]}_w{width(experts)}"
+    rows_by = (torch.float32 if logits is None else logits.dtype, experts, fields["flags"] & (BY_LOGITS | BY_SCORES))
     launches = []
     if way.tile:
         lib = library("route_tiles.cu")
-        launches.append(Launch(lib, f"moecore_route_count_{kind}", tiles, (args,), 0, 4 * bins))
+        launches.append(Launch(lib, kernel("route_count", *rows_by), tiles, (args,), 0, 4 * bins))
         if way.scan:
             launches.append(Launch(lib, "moecore_route_scan", -(-bins // 32), (args,)))
         place = "plain" if not fp8 else f"fp8_{NAMES[x.dtype]}"
@@ -106,7 +107,7 @@ def route(
     else:
         shared = up(4 * (bins * -(-tokens // 32) + bins + 32) + 2 * tokens * k, 16) if tokens > 1 else 0
         threads = 32 * way.warps if tokens > 1 else 32
-        lib, name = library("route_small.cu"), f"moecore_route_small_{kind}"
+        lib, name = library("route_small.cu"), kernel("route_small", *rows_by)
         cluster = way.cluster if tokens > 1 else 1
         launches.append(Launch(lib, name, cluster, (args,), threads, shared, cluster))
     guarded.run(memory, launches, schedules)

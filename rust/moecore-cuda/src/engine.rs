@@ -228,8 +228,9 @@ impl CudaEngine {
         let _entered = self.context.enter()?;
         let mut order = self.order.lock().unwrap_or_else(PoisonError::into_inner);
         self.follow(&mut order, stream)?;
+        let args = GateAcquireArgs { acquire, gate: routing::ruled(format, &gate) };
         // SAFETY: the caller's promise here and at `new`.
-        unsafe { kernels.gate_acquire(&self.context, format, &GateAcquireArgs { acquire, gate }, stream) }
+        unsafe { kernels.gate_acquire(&self.context, format, &args, stream) }
     }
 
     /// Arguments of a call; `None` for one without pairs.

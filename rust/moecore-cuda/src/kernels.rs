@@ -75,8 +75,14 @@ pub(crate) enum Family {
     SlotLinear,
     SlotLinearTransposed,
     Gate,
+    GateLogits,
+    GateScores,
     RouteSmall,
+    RouteSmallLogits,
+    RouteSmallScores,
     RouteCount,
+    RouteCountLogits,
+    RouteCountScores,
     RouteScan,
     RoutePlace,
     RoutePlaceFp8,
@@ -88,7 +94,7 @@ pub(crate) enum Family {
 
 /// Every family in the order of [`Family`]: its kernels' name, and for how many of [`FORMATS`] and of [`WIDTHS`] there is
 /// one. With a single one the name has no such ending.
-const FAMILIES: [(Family, &str, usize, usize); 17] = [
+const FAMILIES: [(Family, &str, usize, usize); 23] = [
     (Family::Acquire, "moecore_acquire", 1, 1),
     (Family::GateAcquire, "moecore_gate_acquire", 3, 1),
     (Family::UpdateTable, "moecore_update_table", 1, 1),
@@ -96,9 +102,15 @@ const FAMILIES: [(Family, &str, usize, usize); 17] = [
     (Family::ExpertDown, "moecore_expert_down", 3, 1),
     (Family::SlotLinear, "moecore_slot_linear", 3, 1),
     (Family::SlotLinearTransposed, "moecore_slot_linear_t", 3, 1),
-    (Family::Gate, "moecore_gate", 3, 3),
-    (Family::RouteSmall, "moecore_route_small", 3, 3),
-    (Family::RouteCount, "moecore_route_count", 3, 3),
+    (Family::Gate, "moecore_gate", 3, 1),
+    (Family::GateLogits, "moecore_gate_logits", 3, 4),
+    (Family::GateScores, "moecore_gate_scores", 3, 4),
+    (Family::RouteSmall, "moecore_route_small", 3, 1),
+    (Family::RouteSmallLogits, "moecore_route_small_logits", 3, 4),
+    (Family::RouteSmallScores, "moecore_route_small_scores", 3, 4),
+    (Family::RouteCount, "moecore_route_count", 3, 1),
+    (Family::RouteCountLogits, "moecore_route_count_logits", 3, 4),
+    (Family::RouteCountScores, "moecore_route_count_scores", 3, 4),
     (Family::RouteScan, "moecore_route_scan", 1, 1),
     (Family::RoutePlace, "moecore_route_place_plain", 1, 1),
     (Family::RoutePlaceFp8, "moecore_route_place_fp8", 3, 1),
@@ -108,8 +120,8 @@ const FAMILIES: [(Family, &str, usize, usize); 17] = [
     (Family::Align, "moecore_align", 1, 1),
 ];
 const FORMATS: [&str; 3] = ["_f32", "_bf16", "_f16"];
-/// Neighbouring experts of a lane: for 64 experts, 128, and any other number.
-const WIDTHS: [&str; 3] = ["_w2", "_w4", "_w8"];
+/// Neighbouring experts of a lane: for 64 experts, 128, 256 and 512.
+const WIDTHS: [&str; 4] = ["_w2", "_w4", "_w8", "_w16"];
 /// No kernel takes more bytes of arguments: all of them zero mean that there is nothing to do.
 const NOTHING_TO_DO: [u64; 512] = [0; 512];
 

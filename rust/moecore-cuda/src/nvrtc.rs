@@ -13,7 +13,7 @@ use moecore::{Error, ErrorKind, Result};
 /// What is compiled.
 const SOURCE: (&CStr, &str) = (c"image.cu", include_str!("../../../cuda/image.cu"));
 /// What it includes.
-const HEADERS: [(&CStr, &str); 20] = [
+const HEADERS: [(&CStr, &str); 24] = [
     (c"align.cu", include_str!("../../../cuda/align.cu")),
     (c"combine.cu", include_str!("../../../cuda/combine.cu")),
     (c"common.cuh", include_str!("../../../cuda/common.cuh")),
@@ -21,7 +21,10 @@ const HEADERS: [(&CStr, &str); 20] = [
     (c"experts.cu", include_str!("../../../cuda/experts.cu")),
     (c"fetch.cu", include_str!("../../../cuda/fetch.cu")),
     (c"gate.cu", include_str!("../../../cuda/gate.cu")),
+    (c"exact.cuh", include_str!("../../../cuda/exact.cuh")),
     (c"gate.cuh", include_str!("../../../cuda/gate.cuh")),
+    (c"gate_any.cuh", include_str!("../../../cuda/gate_any.cuh")),
+    (c"gate_fast.cuh", include_str!("../../../cuda/gate_fast.cuh")),
     (c"index.cuh", include_str!("../../../cuda/index.cuh")),
     (c"mailbox.cuh", include_str!("../../../cuda/mailbox.cuh")),
     (c"numbers.cuh", include_str!("../../../cuda/numbers.cuh")),
@@ -34,6 +37,7 @@ const HEADERS: [(&CStr, &str); 20] = [
     (c"routing.cuh", include_str!("../../../cuda/routing.cuh")),
     (c"scores.cuh", include_str!("../../../cuda/scores.cuh")),
     (c"tuning.cuh", include_str!("../../../cuda/tuning.cuh")),
+    (c"weights.cuh", include_str!("../../../cuda/weights.cuh")),
 ];
 /// The library's file, where it is in none of the usual places.
 const GIVEN: &str = "MOECORE_NVRTC";

@@ -15,6 +15,16 @@ pub const RENORMALIZE: u32 = 1;
 pub const GROUP_TOP2: u32 = 2;
 /// Flag: ids are `int64`.
 pub const IDS_I64: u32 = 4;
+/// Flag, set before a launch: the logits rank, and nothing is in the way of the short way.
+pub(super) const BY_LOGITS: u32 = 8;
+/// Flag, set before a launch: scores rank.
+pub(super) const BY_SCORES: u32 = 16;
+/// Experts of a token that the short ways can choose.
+pub(super) const WORD_K: u32 = 31;
+/// Scoring by sigmoid.
+pub(super) const SCORE_SIGMOID: u32 = 1;
+/// Scoring by sqrt(softplus).
+pub(super) const SCORE_SQRT_SOFTPLUS: u32 = 2;
 /// Columns that share a scale, where rows become e4m3.
 pub const SCALED_COLUMNS: u32 = 128;
 

@@ -13,6 +13,7 @@
 mod check;
 mod layout;
 mod plan;
+mod rule;
 
 use std::sync::Arc;
 
@@ -21,7 +22,9 @@ use moecore::Result;
 pub use check::MAX_GROUPS;
 pub(crate) use check::gate as check_gate;
 pub use layout::*;
+use layout::{BY_LOGITS, BY_SCORES};
 pub use plan::workspace;
+pub(crate) use rule::ruled;
 
 use crate::context::{Context, Entered};
 use crate::kernels::{Family, Format, Kernel, Kernels, Shape};
@@ -51,9 +54,10 @@ impl<'a> Routing<'a> {
         if args.tokens == 0 {
             return Ok(());
         }
-        let kernel = wide(Family::Gate, format, args);
+        let args = ruled(format, args);
+        let kernel = by_rule(GATE, format, &args);
         // SAFETY: the caller's promise.
-        unsafe { self.launch(kernel, &plan::gate(args.tokens, self.kernels.gpu()), stream, args) }
+        unsafe { self.launch(kernel, &plan::gate(args.tokens, self.kernels.gpu()), stream, &args) }
     }
 
     /// Chooses experts by logits of a format, or takes the ids that are given, and sorts rows by bin; copies the rows
@@ -64,12 +68,13 @@ impl<'a> Routing<'a> {
     /// All addresses are valid on the GPU until the launches are over, and fit the shapes.
     pub unsafe fn route(&self, format: Format, args: &RouteArgs, workspace: u64, stream: Stream) -> Result<()> {
         check::route(format, args)?;
+        let args = &RouteArgs { gate: ruled(format, &args.gate), ..*args };
         let gate = &args.gate;
         // SAFETY: the caller's promise; the plan's parts of the workspace are inside of what `workspace` asks for.
         unsafe {
             match plan::route(gate.tokens, gate.k, args.bins, self.kernels.gpu()) {
                 Route::Small(shape) => {
-                    self.launch(wide(Family::RouteSmall, format, gate), &shape, stream, args)?;
+                    self.launch(by_rule(SMALL, format, gate), &shape, stream, args)?;
                     if args.x == 0 { Ok(()) } else { self.copy(&check::rows_of(args), stream) }
                 }
                 Route::Tiles(tiles) => {
@@ -101,7 +106,7 @@ impl<'a> Routing<'a> {
         };
         // SAFETY: the caller's promise.
         unsafe {
-            self.launch(wide(Family::RouteCount, format, &args.gate), &tiles.count(bins), stream, &args)?;
+            self.launch(by_rule(COUNT, format, &args.gate), &tiles.count(bins), stream, &args)?;
             if tiles.scanned() {
                 self.launch(Kernel::of(Family::RouteScan), &Tiles::scan(bins), stream, &args)?;
             }
@@ -169,8 +174,19 @@ impl<'a> Routing<'a> {
     }
 }
 
-/// The kernel of a family for logits of a format and as many experts.
-fn wide(family: Family, format: Format, args: &GateArgs) -> Kernel {
+/// Families for whatever is asked for, and for the short ways: by logits, by scores.
+type Rules = [Family; 3];
+const GATE: Rules = [Family::Gate, Family::GateLogits, Family::GateScores];
+const SMALL: Rules = [Family::RouteSmall, Family::RouteSmallLogits, Family::RouteSmallScores];
+const COUNT: Rules = [Family::RouteCount, Family::RouteCountLogits, Family::RouteCountScores];
+
+/// The kernel for logits of a format and as many experts, by the rule that the arguments name.
+fn by_rule([any, logits, scores]: Rules, format: Format, args: &GateArgs) -> Kernel {
+    let family = match args.flags & (BY_LOGITS | BY_SCORES) {
+        BY_LOGITS => logits,
+        BY_SCORES => scores,
+        _ => return Kernel::with(any, format),
+    };
     Kernel { width: plan::width(args.experts), ..Kernel::with(family, format) }
 }
 

@@ -35,21 +35,34 @@ pub(super) struct Tiles {
     pub(super) tiles: u32,
 }
 
-/// The number of a kernel's width, by the experts of a row: [`WIDTHS`](crate::kernels) are for 64, 128 and all others.
+/// Neighbouring experts of a lane in the kernels of each [width](crate::kernels), which serve 32 times as many.
+const WIDTHS: [u32; 4] = [2, 4, 8, 16];
+
+fn narrowest(experts: u32) -> Option<usize> {
+    WIDTHS.iter().position(|each| experts <= 32 * each)
+}
+
+/// The number of a kernel's width, by the experts of a row: at most 512.
 pub(super) fn width(experts: u32) -> usize {
-    match experts {
-        0..=64 => 0,
-        65..=128 => 1,
-        _ => 2,
-    }
+    narrowest(experts).unwrap_or(WIDTHS.len() - 1)
+}
+
+/// How many experts of a row each lane owns, where all of them are owned at once.
+pub(super) fn experts_of_a_lane(experts: u32) -> Option<u32> {
+    narrowest(experts).map(|width| WIDTHS[width])
 }
 
 /// A gate's launch.
 pub(super) fn gate(tokens: u32, gpu: Gpu) -> Shape {
     if tokens <= GATE_SMALL_TOKENS {
-        return Shape::new((tokens, 1), 32);
+        return early((tokens, 1), 32);
     }
-    Shape::new((tokens.div_ceil(GATE_WARPS).min(gpu.processors * GATE_BLOCKS), 1), 32 * GATE_WARPS)
+    early((tokens.div_ceil(GATE_WARPS).min(gpu.processors * GATE_BLOCKS), 1), 32 * GATE_WARPS)
+}
+
+/// A launch that hides its beginning behind the kernel before it.
+fn early(grid: (u32, u32), threads: u32) -> Shape {
+    Shape { early: true, ..Shape::new(grid, threads) }
 }
 
 /// How so many tokens with `k` experts each are sorted into bins.
@@ -59,7 +72,7 @@ pub(super) fn route(tokens: u32, k: u32, bins: u32, gpu: Gpu) -> Route {
 
 fn small(tokens: u32, k: u32, bins: u32, gpu: Gpu) -> Option<Shape> {
     if tokens == 1 {
-        return Some(Shape::new((1, 1), 32));
+        return Some(early((1, 1), 32));
     }
     if tokens > if gpu.linked { ROUTE_SMALL_TOKENS } else { ROUTE_ALONE_TOKENS } {
         return None;
@@ -70,10 +83,10 @@ fn small(tokens: u32, k: u32, bins: u32, gpu: Gpu) -> Option<Shape> {
     }
     if gpu.linked && tokens >= ROUTE_CLUSTER_FROM {
         let warps = if tokens > ROUTE_CLUSTER_FEW { ROUTE_SMALL_WARPS } else { ROUTE_CLUSTER_WARPS };
-        let shape = Shape::new((ROUTE_CLUSTER, 1), 32 * warps);
+        let shape = early((ROUTE_CLUSTER, 1), 32 * warps);
         return Some(Shape { shared, cluster: ROUTE_CLUSTER, ..shape });
     }
-    Some(Shape { shared, ..Shape::new((1, 1), 32 * tokens.clamp(1, ROUTE_SMALL_WARPS)) })
+    Some(Shape { shared, ..early((1, 1), 32 * tokens.clamp(1, ROUTE_SMALL_WARPS)) })
 }
 
 /// Bytes of workspace that sorting so many tokens may need, whatever the GPU is.

@@ -26,28 +26,34 @@ fn tiles(tokens: u32) -> Tiles {
     }
 }
 
+fn early(grid: (u32, u32), threads: u32) -> Shape {
+    Shape { early: true, ..Shape::new(grid, threads) }
+}
+
 #[test]
 fn a_few_tokens_have_a_warp_each() {
-    assert_eq!(plan::gate(1, H100), Shape::new((1, 1), 32));
-    assert_eq!(plan::gate(GATE_SMALL_TOKENS, H100), Shape::new((GATE_SMALL_TOKENS, 1), 32));
+    assert_eq!(plan::gate(1, H100), early((1, 1), 32));
+    assert_eq!(plan::gate(GATE_SMALL_TOKENS, H100), early((GATE_SMALL_TOKENS, 1), 32));
     let more = plan::gate(GATE_SMALL_TOKENS + 1, H100);
-    assert_eq!(more, Shape::new(((GATE_SMALL_TOKENS + 1).div_ceil(GATE_WARPS), 1), 32 * GATE_WARPS));
+    assert_eq!(more, early(((GATE_SMALL_TOKENS + 1).div_ceil(GATE_WARPS), 1), 32 * GATE_WARPS));
     assert!(plan::gate(i32::MAX.unsigned_abs(), H100).grid.0 < 1 << 20);
 }
 
 #[test]
 fn widths_hold_the_experts() {
-    let widths = [1, 64, 65, 128, 129, 1024].map(plan::width);
-    assert_eq!(widths, [0, 0, 1, 1, 2, 2]);
+    let widths = [1, 64, 65, 128, 129, 256, 257, 512].map(plan::width);
+    assert_eq!(widths, [0, 0, 1, 1, 2, 2, 3, 3]);
+    let owned = [64, 65, 256, 512, 513, 1024].map(plan::experts_of_a_lane);
+    assert_eq!(owned, [Some(2), Some(4), Some(8), Some(16), None, None]);
 }
 
 #[test]
 fn few_tokens_are_sorted_in_one_launch() {
     let alone = |tokens| small(tokens, 8, 256, A100);
     // Somebody has to write the ends, also where there are no tokens.
-    assert_eq!(alone(0), Some(Shape { shared: 4 * (256 + 32), ..Shape::new((1, 1), 32) }));
-    assert_eq!(alone(1), Some(Shape::new((1, 1), 32)));
-    assert_eq!(alone(2), Some(Shape { shared: 4 * (2 * 256 + 32) + 2 * 16, ..Shape::new((1, 1), 64) }));
+    assert_eq!(alone(0), Some(Shape { shared: 4 * (256 + 32), ..early((1, 1), 32) }));
+    assert_eq!(alone(1), Some(early((1, 1), 32)));
+    assert_eq!(alone(2), Some(Shape { shared: 4 * (2 * 256 + 32) + 2 * 16, ..early((1, 1), 64) }));
     assert_eq!(alone(ROUTE_ALONE_TOKENS).unwrap().threads, 32 * ROUTE_SMALL_WARPS);
     assert_eq!(alone(ROUTE_ALONE_TOKENS + 1), None);
     let linked = |tokens| small(tokens, 8, 256, H100).map(|shape| shape.cluster);
