@@ -1,4 +1,4 @@
-"""The routing kernels beside torch, transformers, vLLM and SGLang: one process, the same inputs, in turns.
+"""The routing kernels beside torch, transformers, vLLM, SGLang and TransformerEngine: one process, in turns.
 
     python benches/kernels.py --peers FOLDER --output benches/results/kernels.md    # on a GPU, about 6 minutes
     python benches/kernels.py --quick                                               # what an aim is set for
@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peers", type=Path, help="folder with the peers' compiled ops; see kernels_peers.py")
     parser.add_argument("--output", type=Path, help="Markdown file; the raw figures go beside it as .json")
     parser.add_argument("--minutes", type=float, default=6.0, help="what no longer fits into these is left out")
-    parser.add_argument("--only", help="jobs, with commas: gate, route, index, experts, glue, ...")
+    parser.add_argument("--only", help="jobs, with commas: gate, route, index, align, permute, experts, glue, ...")
     parser.add_argument("--quick", action="store_true", help="only the rows that an aim is set for, few repeats")
     parser.add_argument("--dry-run", action="store_true", help="small shapes on the CPU; checks results, times nothing")
     parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Call = Callable[[int], Any]
 
-OURS = "moecore"
+OURS, ALIGN = "moecore", "moecore's align alone"
 SCALE = 2.5
 
 
@@ -95,7 +95,7 @@ def index(s: Shape, others: Peers, device: torch.device) -> Made:
     """Ids to the order of rows."""
     sets = sets_for(s.tokens, s.tokens * s.k * 4)
     ids = make_ids(s, sets, device)
-    want = ops.index(ids[0].cpu(), s.experts)
+    want, blocks, pairs = ops.index(ids[0].cpu(), s.experts), reference_lists(ids[0], s.experts), s.tokens * s.k
     sides: dict[str, Call] = {
         OURS: lambda i: ops.index(ids[i], s.experts), "torch": lambda i: peers.torch_index(ids[i], s.experts),
     }  # fmt: skip
@@ -103,17 +103,56 @@ def index(s: Shape, others: Peers, device: torch.device) -> Made:
     if vllm := others.vllm:
         sides["vLLM align"] = lambda i: vllm.align(ids[i], s.experts)
         sides["vLLM scatter"] = lambda i: vllm.scatter_index(ids[i], s.experts)
-        right["vLLM align"] = lambda: same_lists(vllm.align(ids[0], s.experts), ids[0])
+        right["vLLM align"] = lambda: same_lists(vllm.align(ids[0], s.experts), blocks, pairs)
         right["vLLM scatter"] = lambda: bool(
             torch.equal(vllm.scatter_index(ids[0], s.experts)[1].cpu().view(-1), want[2].view(-1))
         )
     if sglang := others.sglang:
         sides["SGLang align"] = lambda i: sglang.align(ids[i], s.experts)
-        right["SGLang align"] = lambda: same_lists(sglang.align(ids[0], s.experts), ids[0])
+        right["SGLang align"] = lambda: same_lists(sglang.align(ids[0], s.experts), blocks, pairs)
     if others.small_align and s.tokens * s.k <= 64:
         sides["SGLang align, Triton"] = lambda i: small_align(others, ids[i], s.experts)
-        right["SGLang align, Triton"] = lambda: same_lists(small_align(others, ids[0], s.experts), ids[0])
+        right["SGLang align, Triton"] = lambda: same_lists(small_align(others, ids[0], s.experts), blocks, pairs)
     return Made(sides, sets, s.tokens * s.k * 12 + s.experts * 4, right)
+
+
+def align(s: Shape, others: Peers, device: torch.device) -> Made:
+    """Ids to block-aligned lists, by everybody; ours are index and align. And our align alone, from a finished index.
+
+    The reference is made on the CPU from the ids.
+    """
+    sets = sets_for(s.tokens, s.tokens * s.k * 4)
+    ids = make_ids(s, sets, device)
+    known = [ops.index(one, s.experts) for one in ids]
+    want = reference_lists(ids[0], s.experts)
+
+    def from_ids(i: int) -> Any:
+        ends, _, inverse = ops.index(ids[i], s.experts)
+        return ops.align(ends, inverse, peers.BLOCK)
+
+    sides: dict[str, Call] = {OURS: from_ids, ALIGN: lambda i: ops.align(known[i][0], known[i][2], peers.BLOCK)}
+    if vllm := others.vllm:
+        sides["vLLM"] = lambda i: vllm.align(ids[i], s.experts)
+    if sglang := others.sglang:
+        sides["SGLang"] = lambda i: sglang.align(ids[i], s.experts)
+    if others.small_align and s.tokens * s.k <= 64:
+        sides["SGLang Triton"] = lambda i: small_align(others, ids[i], s.experts)
+    right = {name: (lambda run=run: same_lists(run(0), want, s.tokens * s.k)) for name, run in sides.items()}
+    places = int(want[2])
+    return Made(sides, sets, 4 * (s.tokens * s.k + places + places // peers.BLOCK + 1), right)
+
+
+def reference_lists(ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Block-aligned lists by the definition: experts in order, each one's pairs, then `pairs` up to a whole block."""
+    flat = ids.cpu().view(-1).long()
+    order, owner = [], []
+    for expert, mine in enumerate(torch.bincount(flat, minlength=experts).tolist()):
+        if blocks := -(-mine // peers.BLOCK):
+            listed = torch.full((blocks * peers.BLOCK,), flat.numel())
+            listed[:mine] = (flat == expert).nonzero().view(-1)
+            order.append(listed)
+            owner += [expert] * blocks
+    return torch.cat(order), torch.tensor(owner), torch.tensor([len(owner) * peers.BLOCK])
 
 
 def small_align(others: Peers, ids: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,11 +167,19 @@ def same_index(got: Any, want: Any) -> bool:
     return all(torch.equal(a.cpu().int().view(-1), b.view(-1)) for a, b in zip(got, want, strict=True))
 
 
-def same_lists(lists: tuple[Tensor, Tensor, Tensor], ids: Tensor) -> bool:
-    """Block-aligned lists hold every pair once."""
-    used = lists[0][: int(lists[2][0])]
-    pairs = used[used < ids.numel()].sort().values
-    return bool(torch.equal(pairs.cpu(), torch.arange(ids.numel(), dtype=torch.int32)))
+def same_lists(got: Any, want: tuple[Tensor, Tensor, Tensor], pairs: int) -> bool:
+    """Block-aligned lists with the same blocks, owners and padding, and each expert's pairs in any order: the peers'
+    comes from atomics. What lies behind the last block is nobody's."""
+    order, owner, places = (one.cpu().long() for one in got)
+    used = int(places[0])
+    if used != int(want[2]):
+        return False
+    order, owner = order[:used], owner[: used // peers.BLOCK]
+    if not torch.equal(owner, want[1]) or not torch.equal(order == pairs, want[0] == pairs):
+        return False
+    # The reference's are sorted by expert and pair, so that sorting others the same way makes them equal.
+    first = owner.repeat_interleave(peers.BLOCK) * (pairs + 1)
+    return torch.equal((first + order).sort().values, first + want[0])
 
 
 def route(s: Shape, others: Peers, device: torch.device) -> Made:
@@ -209,6 +256,12 @@ def permute(s: Shape, others: Peers, device: torch.device) -> Made:
         sides["vLLM, sort too"] = lambda i: vllm.permute(x[i], ids[i], s.experts)[0]
     if sglang := others.sglang:
         sides["SGLang shuffle_rows"] = lambda i: sglang.shuffle(x[i], source[i])
+    if te := others.te:
+        te.tune_anew()
+        routing = [te.routing(one, s.experts) for one in ids]
+        known = [te.map_rows(one) for one in routing]
+        sides["TE"] = lambda i: te.permute(x[i], known[i], pairs)
+        sides["TE, row map too"] = lambda i: te.permute(x[i], te.map_rows(routing[i]), pairs)
     want = x[0].index_select(0, wide[0]).view(torch.int16)
     right = {name: (lambda run=run: bool(torch.equal(run(0).view(torch.int16), want))) for name, run in sides.items()}
     return Made(sides, sets, x_bytes * (1 + s.k) + pairs * 4, right)
@@ -280,6 +333,11 @@ def combine(s: Shape, others: Peers, device: torch.device, more: bool = False) -
         sides["vLLM"] = lambda i: summed(vllm.unpermute(rows[i], inverse[i], weights[i]), i)
     if sglang := others.sglang:
         sides["SGLang"] = lambda i: summed(sglang.sum(rows[i], inverse[i], narrow[i]), i)
+    if te := others.te:
+        te.tune_anew()
+        known = [te.map_rows(te.routing(one, s.experts)) for one in ids]
+        spread = [te.spread(*both, s.experts) for both in zip(weights, ids, strict=True)]
+        sides["TE"] = lambda i: summed(te.unpermute(rows[i], known[i], spread[i]), i)
     want = (rows[0][wide[0]].float().view(s.tokens, s.k, -1) * weights[0][..., None]).sum(1)
     for one in plus:
         want = want + one[0].float()
@@ -322,6 +380,7 @@ def rows() -> Iterator[Row]:
         for tokens in (1, 8, 64, 512, 4096, 8192):
             yield Row("route", Shape(tokens, experts, 8), route)
             yield Row("index", Shape(tokens, experts, 8), index)
+            yield Row("align", Shape(tokens, experts, 8), align)
     bf16 = {"dtype": torch.bfloat16}
     for experts, hidden in WIDE:
         for tokens in (64, 512, 4096):

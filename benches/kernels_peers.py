@@ -1,7 +1,9 @@
-"""The peers of `kernels.py`: compiled ops of vLLM and SGLang, SGLang's Triton router, torch, transformers' op chain.
+"""The peers of `kernels.py`: compiled ops of vLLM and SGLang, SGLang's and TransformerEngine's Triton kernels, torch,
+transformers' op chain.
 
 None of them is in this repository. `--peers` names a folder with `vllm_moe*.so[.xz]`, `sglang_kernel*.so[.xz]` (the
-packages' compiled ops) and `sglang/*.py` (its Triton files); what is not there is left out and said.
+packages' compiled ops), `sglang/*.py` (its Triton files) and `te/{common,pytorch}/triton/permutation.py` (as they lie
+in the wheel of `transformer-engine`); what is not there is left out and said.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Peers:
         self.sglang: Sglang | None = None
         self.triton: Any = None
         self.small_align: Any = None
+        self.te: TransformerEngine | None = None
         if folder is None or not folder.is_dir():
             self.notes.append("no folder of peers: torch and transformers alone")
             return
@@ -48,12 +51,32 @@ class Peers:
             self.notes.append("SGLang's Triton router (0.5.23) by path")
         except Exception as error:
             self.notes.append(f"SGLang's Triton files: {error}")
+        self._transformer_engine(folder / "te")
 
     def _vllm(self, ops: Any) -> None:
         self.vllm = Vllm(ops)
 
     def _sglang(self, ops: Any) -> None:
         self.sglang = Sglang(ops)
+
+    def _transformer_engine(self, folder: Path) -> None:
+        """Tried before it is used: it compiles when it is first called."""
+        name = "TransformerEngine's Triton permutation (2.20.2)"
+        if name in self.skip or not folder.is_dir():
+            return
+        if not torch.cuda.is_available():
+            self.notes.append(f"{name} needs a GPU")
+            return
+        try:
+            self.begin(name)
+            # The second imports the first, by the name that it has in its package.
+            kernels = by_path("transformer_engine.common.triton.permutation", folder / "common/triton/permutation.py")
+            found = TransformerEngine(by_path("te_permutation", folder / "pytorch/triton/permutation.py"), kernels)
+            found.check()
+            self.te = found
+            self.notes.append(f"{name} by path")
+        except Exception as error:
+            self.notes.append(f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}")
 
     def _load(self, folder: Path, stem: str, namespace: str, found: Callable[[Any], None]) -> None:
         for packed in sorted(folder.glob(f"{stem}*"), reverse=True):  # the newest that loads
@@ -264,6 +287,63 @@ class Sglang:
         scales = torch.empty(x.shape[0], x.shape[1] // 128, dtype=torch.float32, device=x.device)
         self.ops.sgl_per_token_group_quant_8bit(x, q, scales, 128, 1e-10, -448.0, 448.0, False)
         return q, scales
+
+
+class TransformerEngine:
+    """The kernels of its mask-map permutation, without the operators and the autograd around them.
+
+    A row map [T, 2 E + 1] is its index: three launches from the routing map [T, E]. Rows are by expert, then by token.
+    """
+
+    def __init__(self, wrappers: ModuleType, kernels: ModuleType) -> None:
+        self.wrappers, self.kernels = wrappers, kernels
+
+    def check(self) -> None:
+        """Raises what keeps the kernels from running here."""
+        ids = torch.tensor([[0, 3], [3, 1]], device="cuda")
+        x, weights = torch.ones(2, 64, device="cuda", dtype=torch.bfloat16), torch.full((2, 2), 0.5, device="cuda")
+        known = self.map_rows(self.routing(ids, 4))
+        back = self.unpermute(self.permute(x, known, 4), known, self.spread(weights, ids, 4))
+        if not torch.equal(back, x):
+            raise RuntimeError("rows do not come back")
+
+    def tune_anew(self) -> None:
+        """Forgets the block sizes that were fastest: they are kept by width alone, and a row is for its own tokens."""
+        for kernel in (self.kernels._permute_kernel, self.kernels._unpermute_kernel):
+            kernel.cache.clear()
+
+    @staticmethod
+    def routing(ids: Tensor, experts: int) -> Tensor:
+        """What a router gives it: whom each token is for, [T, E], as Megatron makes it."""
+        none = torch.zeros(ids.shape[0], experts, dtype=torch.bool, device=ids.device)
+        return none.scatter_(1, ids.long(), True)
+
+    @staticmethod
+    def spread(weights: Tensor, ids: Tensor, experts: int) -> Tensor:
+        """Weights in such a map."""
+        return torch.zeros(ids.shape[0], experts, device=ids.device).scatter_(1, ids.long(), weights)
+
+    def map_rows(self, routing: Tensor) -> Tensor:
+        """The row map."""
+        found: Tensor = self.wrappers.make_row_id_map(routing, *routing.shape)
+        return found
+
+    def permute(self, x: Tensor, known: Tensor, pairs: int) -> Tensor:
+        """Rows alone, from a finished row map."""
+        tokens, width = x.shape
+        experts = known.shape[1] // 2
+        out: Tensor = self.wrappers.permute_with_mask_map(
+            x, known, None, None, None, tokens, experts, pairs, width, None
+        )[0]
+        return out
+
+    def unpermute(self, rows: Tensor, known: Tensor, weights: Tensor) -> Tensor:
+        """The weighted sum; weights [T, E]."""
+        tokens, experts = weights.shape
+        out: Tensor = self.wrappers.unpermute_with_mask_map(
+            rows, known, weights, None, None, tokens, experts, rows.shape[1]
+        )[0]
+        return out
 
 
 def torch_gate(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 Found = dict[str, Any]
 OURS = "moecore"
 #: Sides that are ours, too, or less than a peer.
-NO_PEER = {OURS, "moecore index, permute, combine; grouped_mm", "grouped_mm and silu alone"}
+NO_PEER = {
+    OURS, "moecore's align alone", "moecore index, permute, combine; grouped_mm", "grouped_mm and silu alone",
+}  # fmt: skip
 
 
 def meta() -> Found:
@@ -184,7 +186,11 @@ NOTES = {
     "route": "The peers' outputs are less: block-aligned lists without the inverse (align), offsets and inverse "
     "without the tokens of the rows (scatter).",
     "index": "From finished ids. The peers' lists are block-aligned (64).",
-    "permute": '"sort too": vLLM\'s `moe_permute` cannot leave its sort out.',
+    "align": "From finished ids to lists of whole blocks of 64; ours are `index` and `align`, which give the inverse, "
+    "too. Alone: from a finished index.",
+    "permute": '"sort too": vLLM\'s `moe_permute` cannot leave its sort out. TE: TransformerEngine, from a finished '
+    "row map, and from the routing map [T, E]; its block size is chosen anew for each shape.",
+    "combine": "TE: TransformerEngine, from a finished row map and weights [T, E].",
     "experts": "`expert_matvec` and transformers' functions go from ids and weights to the layer's output. GB/s: "
     "weights of the experts asked for.",
     "glue": "All but the products and the activation: router, index, permute; and the weighted sum over finished rows.",

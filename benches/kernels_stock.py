@@ -29,6 +29,7 @@ def module(gate_up: Tensor, down: Tensor) -> Any:
     stand_in = SimpleNamespace(
         num_experts=gate_up.shape[0], has_gate=True, has_bias=False, is_transposed=False, is_concatenated=True,
         gate_up_proj=gate_up, down_proj=down, act_fn=functional.silu, config=SimpleNamespace(),
+        _is_expert_parallel=False, has_post_expert_norm=False,  # newer versions ask
     )  # fmt: skip
     stand_in._apply_gate = lambda both: _default_apply_gate(stand_in, both)
     return stand_in
