@@ -17,9 +17,11 @@ __all__ = [
     "Stream",
     "__version__",
     "_testing",
+    "check_policy",
     "cuda_available",
     "experts_down",
     "experts_up",
+    "load_kernels",
     "replay_policy",
     "routing_align",
     "routing_combine",
@@ -86,6 +88,9 @@ class Scanner:
 
     def counters(self) -> tuple[int, int]:
         """Requests sent and bytes received so far."""
+
+def check_policy(name: str) -> None:
+    """Raises `TargetError` for a name that is no policy's: to be asked before anything is moved or written."""
 
 def replay_policy(
     policy: str,
@@ -176,6 +181,9 @@ class Stream:
 
 def cuda_available() -> str | None:
     """Why there is no GPU to use, or None if there is one."""
+
+def load_kernels(device: int) -> None:
+    """Loads all kernels on a GPU, or finds them loaded. Not while a stream captures: loading ends the capture."""
 
 @final
 class PinnedArena:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from moecore.errors import DeviceError
 from moecore.ops import check, launch
 from moecore.ops.check import Gating
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 Calls = list[tuple[str, tuple[Any, ...]]]
 STREAM = 77
@@ -138,6 +143,69 @@ def test_nothing_is_launched_for_no_tokens(core: Calls) -> None:
     matrices = torch.zeros(4, 6, 128), torch.zeros(4, 128, 3)
     assert launch.expert_matvec(x, ids, torch.zeros(0, 2), *matrices).shape == (0, 128)
     assert core == []
+
+
+class Gpus:
+    """Some GPUs, of which the streams of those in `capturing` capture."""
+
+    def __init__(self, core: Calls, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+        self.core, self.capturing, self.current = core, set[int](), 0
+        monkeypatch.setattr(launch, "_loaded", set())
+        monkeypatch.setattr(launch, "_stream", launch._known_stream)
+        monkeypatch.setattr(launch, "_raw_stream", lambda device: STREAM + device)
+        monkeypatch.setattr(torch.cuda, "device", self.device)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.current in self.capturing)
+
+    @contextlib.contextmanager
+    def device(self, number: int) -> Iterator[None]:
+        before, self.current = self.current, number
+        yield
+        self.current = before
+
+    def loads(self) -> list[int]:
+        return [args[0] for name, args in self.core if name == "load_kernels"]
+
+
+def test_the_first_call_on_a_gpu_loads_its_kernels(core: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(core, monkeypatch, count=2)
+    assert [launch._stream(device) for device in (1, 1, 1)] == [STREAM + 1] * 3
+    assert gpus.loads() == [1]
+    assert [name for name, _ in core] == ["cuda_available", "load_kernels"], "the compiler is looked for before"
+    assert launch._stream(0) == STREAM
+    assert gpus.loads() == [1, 0]
+    assert launch._stream is launch._raw_stream, "nothing is left to ask"
+    launch.load(1)
+    assert gpus.loads() == [1, 0]
+
+
+def test_the_first_call_is_not_captured(core: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(core, monkeypatch, count=2)
+    gpus.capturing = {1}
+    for _ in range(2):
+        with pytest.raises(DeviceError, match=r"on cuda:1 .* call once before .* captur"):
+            launch._stream(1)
+    assert core == [], "not even the driver was asked: that would have ended the capture"
+    assert launch._stream(0) == STREAM
+    gpus.capturing = set()
+    assert launch._stream(1) == STREAM + 1
+    gpus.capturing = {0, 1}
+    assert [launch._stream(device) for device in (0, 1)] == [STREAM, STREAM + 1]
+
+
+def test_kernels_that_cannot_be_loaded_are_tried_again(core: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = Gpus(core, monkeypatch, count=1)
+
+    def load_kernels(device: int) -> None:
+        raise DeviceError("no memory")
+
+    monkeypatch.setattr(launch._core, "load_kernels", load_kernels, raising=False)
+    for _ in range(2):
+        with pytest.raises(DeviceError, match="no memory"):
+            launch._stream(0)
+    monkeypatch.delattr(launch._core, "load_kernels")
+    assert launch._stream(0) == STREAM
+    assert gpus.loads() == [0]
 
 
 def misaligned(*shape: int) -> Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import types
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import moecore
 import pytest
 import torch
-from moecore.runtime import ahead, routers
+from moecore.errors import MoecoreError
+from moecore.runtime import ahead, cuda, routers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -102,6 +105,62 @@ def test_a_hooked_router_and_other_devices_ask_nobody(
     monkeypatch.setattr(routers, "DEVICES", {"cuda"})
     generate(model)
     assert not asked
+
+
+@torch.no_grad()
+def test_a_router_whose_experts_are_closed_meanwhile(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another thread closes between the look at the handle and the launch; then nothing of the backend is there."""
+    ahead.lead(model, model.moecore.taken)
+    handle = model.moecore
+
+    def route(*_: Any) -> None:
+        handle.close()
+        raise AttributeError("'HostBackend' object has no attribute 'engine'")
+
+    monkeypatch.setattr(handle.backend, "route", route)
+    with pytest.raises(MoecoreError, match="were closed; load or wrap the model again"):
+        model(PROMPT)
+
+
+@torch.no_grad()
+def test_an_error_of_an_open_backend_stays_as_it_is(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ahead.lead(model, model.moecore.taken)
+
+    def route(*_: Any) -> None:
+        raise AttributeError("a defect")
+
+    monkeypatch.setattr(model.moecore.backend, "route", route)
+    with pytest.raises(AttributeError, match="a defect"):
+        model(PROMPT)
+
+
+def test_a_gpu_is_closed_between_two_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the middle of one, whose tensors would go under its launches. No GPU: the parts that wait are real."""
+    backend = object.__new__(cuda.CudaBackend)
+    order: list[str] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: order.append("synchronized"))
+    running, go_on = threading.Event(), threading.Event()
+
+    def run(*_: Any) -> torch.Tensor:
+        running.set()
+        assert go_on.wait(10)
+        order.append("launched")
+        return PROMPT
+
+    backend.device, backend._views, backend._lock = PROMPT.device, {}, threading.RLock()
+    backend.core = types.SimpleNamespace(close=lambda: order.append("closed"))  # type: ignore[assignment]
+    monkeypatch.setattr(backend, "_run", run)
+    nothing: Any = None
+    call = threading.Thread(target=backend.run, args=(0, nothing, PROMPT, nothing, nothing))
+    close = threading.Thread(target=backend.close)
+    call.start()
+    assert running.wait(10)
+    close.start()
+    close.join(0.2)
+    go_on.set()
+    for thread in (call, close):
+        thread.join(10)
+    assert order == ["launched", "synchronized", "closed"]
 
 
 def test_a_hooked_experts_module_forgets(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

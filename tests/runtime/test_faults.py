@@ -18,7 +18,7 @@ import shipped
 import tiny
 import torch
 import transformers
-from moecore.errors import BudgetError, FileError, MoecoreError, TargetError
+from moecore.errors import BudgetError, DeviceError, FileError, MoecoreError, TargetError
 from moecore.runtime import budget, rows
 from safetensors.torch import load_file, save_file
 from shipped import SLOT, TINY_MOE, greedy, load, logits, prompt, running
@@ -231,6 +231,56 @@ def test_a_failed_wrap_leaves_everything(tmp_path: Path) -> None:
     assert len([*Path("/proc/self/fd").iterdir()]) == files
     with moecore.wrap(model, expert_memory="25%").moecore:
         logits(model)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "says"),
+    [
+        ({"policy": "belady"}, TargetError, "choose one of lru"),
+        ({"expert_memory": "x"}, BudgetError, "expert_memory='x' is not understood"),
+        ({"expert_memory": 1}, BudgetError, "the smallest that works"),
+        ({"expert_memory": "1%"}, BudgetError, "the smallest that works"),
+        ({"expert_memory": None}, BudgetError, "expert_memory must be"),
+        ({"expert_memory": "25%", "host_memory": "much"}, BudgetError, "host_memory='much' is not understood"),
+        ({"max_model_len": "long"}, TargetError, "max_model_len must be a positive number of tokens"),
+        ({"max_model_len": -1}, TargetError, "max_model_len must be a positive number of tokens"),
+        ({"max_model_len": 1 << 50}, BudgetError, "the smallest that works"),
+    ],
+)
+def test_arguments_that_are_wrong_write_nothing(
+    kwargs: dict[str, Any],
+    error: type[MoecoreError],
+    says: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A disk has no room for experts that nobody will run; and a loader has read them all by then."""
+    model = tiny.build("qwen3_moe")
+    before = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    written: list[Any] = []
+    monkeypatch.setattr(rows, "Spill", lambda *args: written.append(args))
+    with pytest.raises(error, match=says):
+        moecore.wrap(model, spill_dir=tmp_path, **kwargs)
+    assert not written
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == before
+    assert "moecore" not in vars(model)
+    monkeypatch.setattr(moecore.runtime.rows, "from_index", lambda *args: written.append(args))
+    with pytest.raises(error, match=says):
+        moecore.load(folder, device="cpu", **{"expert_memory": "auto", **kwargs})
+    assert not written
+
+
+def test_a_model_on_another_kind_of_device_is_refused_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.build("qwen3_moe")
+    monkeypatch.setattr(rows, "Spill", lambda *_: pytest.fail("written"))
+    monkeypatch.setattr(moecore.runtime.takeover, "device_of", lambda _: torch.device("mps"))
+    with pytest.raises(DeviceError, match="runs experts on the CPU and on NVIDIA GPUs, not on mps"):
+        moecore.wrap(model, expert_memory="25%", spill_dir=tmp_path)
+    with pytest.raises(DeviceError, match="not on mps"):
+        moecore.load("there/is-none", device="mps")
 
 
 # ---------------------------------------------------------------------------------------------------- no room on disk

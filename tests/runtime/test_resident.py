@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import subprocess
 import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 import moecore
@@ -260,6 +262,119 @@ def test_copies_and_checkpoints_of_a_fused_model(tmp_path: Path) -> None:
     with tiny.quiet():
         loaded = type(model).from_pretrained(tmp_path).eval()
     torch.testing.assert_close(loaded(ids).logits, before, rtol=1e-5, atol=1e-5)
+
+
+PICKLED = """
+import sys, torch
+model, ids, before = torch.load(sys.argv[1], weights_only=False)
+with torch.no_grad():
+    assert torch.equal(model(ids).logits, before)
+import moecore
+from moecore.runtime import routers
+assert len(routers.replaced(model)) == 4
+moecore.unfuse(model)
+assert model.config._experts_implementation == "grouped_mm"
+assert not any("forward" in vars(module) for module in model.modules())
+with torch.no_grad():
+    torch.testing.assert_close(model(ids).logits, before, rtol=1e-5, atol=1e-5)
+print("well")
+"""
+
+
+@torch.no_grad()
+def test_a_fused_model_is_pickled(tmp_path: Path) -> None:
+    """And runs in a process that has not imported moecore before, by the same kernels."""
+    model = moecore.fuse(build("olmoe"))
+    ids = torch.randint(3, 100, (2, 20))
+    before = model(ids).logits
+    torch.save((model, ids, before), tmp_path / "model.pt")
+    loaded, _, _ = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert routers.replaced(loaded) == routers.replaced(model)
+    for parameter in loaded.parameters():
+        parameter.zero_()
+    assert torch.equal(model(ids).logits, before), "what was loaded has weights of its own"
+    moecore.unfuse(loaded)
+    assert model.config._experts_implementation == families.NAME
+    program = PICKLED.replace("import sys, torch\n", "import sys, torch\ntorch.set_num_threads(1)\n")
+    # There calls of routers on the CPU run their own code.
+    monkey = "import moecore.runtime.routers as routers\nrouters.DEVICES = {'cpu'}\n"
+    program = program.replace("with torch.no_grad():\n", f"{monkey}with torch.no_grad():\n", 1)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-c", program, str(tmp_path / "model.pt")]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert ran.stdout.strip() == "well", ran.stderr[-3000:]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["eager", "batched_mm", "grouped_mm"])
+def test_what_the_kernels_do_not_serve_runs_as_before(before: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen3_moe")
+    model.set_experts_implementation(before)
+    ids = torch.randint(3, 100, (2, 20))
+    stock = model(ids).logits
+    module = experts_of(moecore.fuse(model))
+    called = []
+    for name in ("grouped_mm", "batched_mm"):
+        real = resident.ALL_EXPERTS_FUNCTIONS[name]
+
+        def run(*args: Any, name: str = name, real: Any = real) -> Any:
+            called.append(name)
+            return real(*args)
+
+        monkeypatch.setitem(resident.ALL_EXPERTS_FUNCTIONS, name, run)
+    monkeypatch.setattr(routers, "DEVICES", {"cuda"})
+    assert torch.equal(model(ids).logits, stock)
+    assert set(called) == {before} - {"eager"}
+    if before == "eager":
+        assert resident.own(module) is type(module).forward.__wrapped__
+    copied = copy.deepcopy(model)
+    called.clear()
+    assert torch.equal(copied(ids).logits, stock)
+    assert set(called) == {before} - {"eager"}
+    model.set_experts_implementation("grouped_mm")  # somebody chooses anew, and fuses again
+    called.clear()
+    moecore.fuse(model)(ids)
+    assert set(called) == {"grouped_mm"}
+    moecore.unfuse(model)
+    assert model.config._experts_implementation == before, "the first to be exchanged"
+    assert not any("moecore" in key for module in model.modules() for key in vars(module))
+
+
+@torch.no_grad()
+def test_experts_that_are_left_alone_run_as_before_too() -> None:
+    """They share a configuration with the others."""
+    model = build("qwen3_moe")
+    model.set_experts_implementation("eager")
+    module = families.find(model)[1].module
+    module.down_proj.data = module.down_proj.data.double()
+    moecore.fuse(model)
+    assert len(model.moecore_fused.experts) == 2
+    assert resident.own(module) is type(module).forward.__wrapped__
+
+
+def test_of_a_model_that_was_loaded_with_it_nobody_knows_what_ran_before() -> None:
+    model = build("qwen3_moe")
+    moecore.register()
+    model.set_experts_implementation("moecore")
+    assert resident.own(experts_of(moecore.fuse(model))) is resident.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+
+
+def test_kernels_are_loaded_before_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnDevices(torch.nn.Module):
+        def parameters(self, recurse: bool = True) -> Any:
+            places = ("cuda:1", "cpu", "cuda:0", "cuda:1")
+            return (types.SimpleNamespace(device=torch.device(place)) for place in places)
+
+    loaded: list[int] = []
+    monkeypatch.setattr(resident.launch, "load", loaded.append)
+    monkeypatch.setattr(resident, "ready", lambda: False)
+    with pytest.raises(ConfigError, match="nothing to fuse"):
+        moecore.fuse(OnDevices())
+    assert loaded == []
+    monkeypatch.setattr(resident, "ready", lambda: True)
+    with pytest.raises(ConfigError, match="nothing to fuse"):
+        moecore.fuse(OnDevices())
+    assert loaded == [0, 1]
 
 
 @torch.no_grad()

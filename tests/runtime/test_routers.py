@@ -464,6 +464,37 @@ def test_copies_route_by_their_own_weights() -> None:
     file.seek(0)
     loaded = torch.load(file, weights_only=False)
     assert all(torch.equal(a, b) for a, b in zip(loaded(*args), before, strict=True))
+    assert routers.is_ours(loaded)
+    loaded.weight.data.neg_()
+    assert torch.equal(loaded(*args)[0], copied(*args)[0])
+    routers.restore(loaded)
+    assert not any(key == "forward" or "_moecore" in key for key in vars(loaded))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("way", ["itself", "copied", "pickled"])
+def test_replicas_route_by_their_own_weights(way: str) -> None:
+    """`torch.nn.DataParallel` copies what a module holds by reference, and puts the weights of another GPU in place."""
+    model = build("olmoe")
+    routers.replace(model)
+    router = router_of(model)
+    args = call_of(router)
+    before = router(*args)
+    if way == "copied":
+        router = copy.deepcopy(router)
+    elif way == "pickled":
+        torch.save(router, file := io.BytesIO())
+        file.seek(0)
+        router = torch.load(file, weights_only=False)
+    replica = router._replicate_for_data_parallel()
+    assert replica._is_replica
+    replica.weight = -router.weight
+    assert torch.equal(replica(*args)[0], router.__class__.forward(replica, *args)[0])
+    assert not torch.equal(replica(*args)[0], before[0])
+    assert torch.equal(router(*args)[0], before[0])
+    assert routers.is_ours(replica)
+    routers.restore(router)
+    assert not {"forward", "_replicate_for_data_parallel"} & set(vars(router))
 
 
 @torch.no_grad()

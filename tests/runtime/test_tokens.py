@@ -316,6 +316,37 @@ def test_nothing_is_saved_without_experts(wrapped: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_parent_of_what_was_wrapped_is_not_saved_either(tmp_path: Path) -> None:
+    """Only the inner model knows that it is run by moecore; whoever asks for its state hears it all the same."""
+    model = tiny.build("qwen3_moe")
+    keys, before = list(model.state_dict()), logits(model, prompt(1, 9))
+    with moecore.wrap(model.model, expert_memory="25%").moecore:
+        for parent in (model, torch.nn.Sequential(model)):
+            with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.experts: .* without experts; call moecore\.unwrap"):
+                parent.state_dict()
+        with pytest.raises(ConfigError, match=r"without experts; call moecore\.unwrap"):
+            model.save_pretrained(tmp_path)
+        assert not list(tmp_path.glob("*.safetensors*"))
+        moecore.unwrap(model.model)
+    assert list(model.state_dict()) == keys
+    with tiny.quiet():
+        model.save_pretrained(tmp_path)
+    assert torch.equal(logits(tiny.load_whole("qwen3_moe", tmp_path), prompt(1, 9)), before)
+
+
+def test_parts_without_experts_have_their_state(wrapped: Any) -> None:
+    assert list(wrapped.model.layers[0].self_attn.state_dict())
+    assert "weight" in wrapped.lm_head.state_dict()
+
+
+def test_replicas_are_refused(wrapped: Any) -> None:
+    """What `torch.nn.DataParallel` does with every module, before it moves anything to a second GPU."""
+    with pytest.raises(ConfigError, match=r"DataParallel: .* a process for each GPU"):
+        [module._replicate_for_data_parallel() for module in wrapped.modules()]
+    moecore.unwrap(wrapped)
+    assert all(module._replicate_for_data_parallel()._is_replica for module in wrapped.modules())
+
+
 def test_copies_are_refused(wrapped: Any) -> None:
     for model in (wrapped, wrapped.model.layers[0]):
         with pytest.raises(ConfigError, match="cannot be copied"):

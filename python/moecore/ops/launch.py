@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from moecore import _core
+from moecore.errors import DeviceError
 
 from . import check
 from .check import ACTIVATIONS, FORMATS, FP8_BLOCK, SCORINGS
@@ -32,15 +33,41 @@ _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None) or (
 )
 
 
-def _first_stream(device: int) -> int:
-    """The above, for the first call: asking for a GPU also finds the compiler in NVIDIA's packages."""
+#: GPUs whose kernels are loaded.
+_loaded: set[int] = set()
+
+
+def load(device: int) -> None:
+    """Loads the kernels of a GPU, if nobody has. The first call of an op there does so, too.
+
+    Raises:
+        DeviceError: torch's stream of this GPU captures a CUDA graph, which the driver would end; or loading failed.
+    """
     global _stream
-    _core.cuda_available()
-    _stream = _raw_stream
-    return int(_stream(device))
+    if device in _loaded:
+        return
+    with torch.cuda.device(device):
+        capturing = torch.cuda.is_current_stream_capturing()
+    if capturing:
+        raise DeviceError(
+            f"moecore's kernels are not loaded on cuda:{device} yet, and loading them cannot be captured in a CUDA "
+            "graph; call once before you capture, or moecore.fuse(model) when the model is on the GPU"
+        )
+    _core.cuda_available()  # which also finds the compiler in NVIDIA's packages
+    _core.load_kernels(device)
+    _loaded.add(device)
+    if len(_loaded) >= torch.cuda.device_count():
+        _stream = _raw_stream
 
 
-_stream = _first_stream
+def _known_stream(device: int) -> int:
+    """The stream of a device, while there are GPUs without kernels."""
+    if device not in _loaded:
+        load(device)
+    return int(_raw_stream(device))
+
+
+_stream = _known_stream
 
 
 def gate(logits: Tensor, g: Gating) -> tuple[Tensor, Tensor]:

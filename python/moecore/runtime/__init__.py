@@ -15,7 +15,16 @@ from .handle import Handle
 from .resident import REPORT, Fused, fuse, register, unfuse
 from .skeleton import load_skeleton
 from .stats import Counters, Stats
-from .takeover import DEFAULT_POLICY, Options, start, unwrap, wrap_model
+from .takeover import (
+    DEFAULT_POLICY,
+    Options,
+    check_device,
+    check_options,
+    count_slots,
+    start,
+    unwrap,
+    wrap_model,
+)
 
 if TYPE_CHECKING:
     import os
@@ -61,15 +70,19 @@ def load(
     Raises:
         ConfigError: the model has no experts that moecore can take over, or its checkpoint cannot be used.
         BudgetError: a budget is not understood, or holds no expert.
+        TargetError: there is no such policy, or `max_model_len` is no number of tokens.
+        DeviceError: the device is none that moecore runs experts on, or has failed.
         FileError: a file cannot be read.
     """
     options = _options(expert_memory, host_memory, policy, max_model_len, spill_dir)
     where = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if dtype is not None:
         from_pretrained_kwargs["dtype"] = dtype
+    check_device(where)
     model, index = load_skeleton(repo_or_path, **from_pretrained_kwargs)
     if "device_map" not in from_pretrained_kwargs:
         model = model.to(where)
+    count_slots(model, rows.without_files(rows.layouts_of(index)), where, options, [])  # before rows are written
     store = rows.from_index(index, options.spill_dir)
     try:
         start(model, store, [layer.taken for layer in index.layers], where, options)
@@ -92,10 +105,21 @@ def wrap(
     """Takes over the experts of a model that is already loaded, and frees their memory.
 
     On the CPU the experts go to a file without a name in `spill_dir` (default: the temporary folder); on a GPU to
-    pinned host memory. Arguments as for :func:`load`.
+    pinned host memory. Arguments as for :func:`load`; where one is wrong nothing is written, and the model stays as it
+    is.
+
+    The model, and every module that it is a part of, has no state until :func:`unwrap`: `state_dict` raises, so that no
+    checkpoint is written without experts.
 
     Returns:
         The same model, with a :class:`Handle` as ``model.moecore``.
+
+    Raises:
+        ConfigError: the model has no experts that moecore can take over, or is run by it already.
+        BudgetError: a budget is not understood, or holds no expert.
+        TargetError: there is no such policy, or `max_model_len` is no number of tokens.
+        DeviceError: the model's device is none that moecore runs experts on, or has failed.
+        FileError: experts cannot be written to `spill_dir`.
     """
     options = _options(expert_memory, host_memory, policy, max_model_len, spill_dir)
     if not isinstance(model, torch.nn.Module):
@@ -121,6 +145,8 @@ def _options(
     max_model_len: int | None,
     spill_dir: str | os.PathLike[str] | None,
 ) -> Options:
-    return Options(
+    options = Options(
         expert_memory, host_memory, str(policy), max_model_len, None if spill_dir is None else Path(spill_dir)
     )
+    check_options(options)
+    return options

@@ -142,12 +142,15 @@ class CudaBackend:
             policy=options.policy,
         )
         self.engine = self.core.engine
+        # The engine has loaded the kernels: whoever captures the first step may do so.
+        launch.load(self.device.index)
         self.ring_first, self.chunk, self.halves = self.core.ring
         self.kernels = Kernels(self.engine)
         self.streaming = False
         self.routed: Routed | None = None
         # Calls of several threads are enqueued one after another: slots are free when the next call comes.
-        self._lock = threading.Lock()
+        # Also close(), which a signal's handler may call in the midst of a call.
+        self._lock = threading.RLock()
         #: Half of the ring, layer and experts that were staged before they were asked for.
         self.ahead: tuple[int, int, list[int]] | None = None
         self._views: dict[tuple[int, int, int], dict[str, Tensor]] = {}
@@ -406,9 +409,10 @@ class CudaBackend:
 
     def close(self) -> None:
         """Ends threads and frees the slots."""
-        torch.cuda.synchronize(self.device)
-        self.core.close()
-        self._views.clear()
-        self.routed = None
-        empty: Any = torch.empty(0, dtype=torch.uint8)
-        self.arena = self.table = self.counts = self.stalls = empty
+        with self._lock:  # a call that is under way is enqueued whole; those that come after it find the engine closed
+            torch.cuda.synchronize(self.device)
+            self.core.close()
+            self._views.clear()
+            self.routed = None
+            empty: Any = torch.empty(0, dtype=torch.uint8)
+            self.arena = self.table = self.counts = self.stalls = empty

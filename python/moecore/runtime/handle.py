@@ -82,7 +82,14 @@ class Handle:
         """What the router beside an experts module chooses, where that begins its fetch: weights and ids [T, k]."""
         self.check()
         layer = self.layer_of.get(id(module))
-        return None if layer is None else self.backend.route(layer, self.taken[layer], logits, gating)
+        if layer is None:
+            return None
+        try:
+            return self.backend.route(layer, self.taken[layer], logits, gating)
+        except Exception as error:
+            if not self.closed:
+                raise
+            raise self._is_closed() from error  # as above
 
     def check(self) -> None:
         """Raises where the experts cannot run any more."""

@@ -18,9 +18,14 @@ DEFAULT_TOKENS = 8192
 PREFILL_TOKENS = 4096
 
 
-def auto_budget(model: nn.Module, device: torch.device, whole: int, max_model_len: int | None) -> budget.Auto:
-    """The budget of ``expert_memory="auto"``: what is free less KV cache, activations and a reserve."""
-    free = free_memory(device)
+def auto_budget(
+    model: nn.Module, device: torch.device, whole: int, max_model_len: int | None, freed: int = 0
+) -> budget.Auto:
+    """The budget of ``expert_memory="auto"``: what is free less KV cache, activations and a reserve.
+
+    `freed`: bytes that will be free by the time the experts start, and are not yet.
+    """
+    free = free_memory(device) + freed
     config = text_config(model)
     tokens = max_model_len or min(int(getattr(config, "max_position_embeddings", 0) or DEFAULT_TOKENS), DEFAULT_TOKENS)
     return budget.auto(free, kv_cache_bytes(config, tokens), activation_bytes(config), whole)

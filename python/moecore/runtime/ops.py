@@ -12,6 +12,7 @@ from torch import Tensor
 from moecore.errors import ConfigError
 
 from . import resident
+from .routers import REPLICATE
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,15 +28,36 @@ def attach(module: nn.Module, handle: Handle) -> None:
     """Has calls of an experts module go to `handle`."""
     number = next(_NUMBERS)
     MODULES[number] = weakref.ref(module, lambda _: MODULES.pop(number, None))
-    # Past nn.Module's own bookkeeping: neither is a part of the model.
+    # Past nn.Module's own bookkeeping: none of these is a part of the model.
     vars(module)["_moecore"] = handle
     vars(module)["_moecore_number"] = number
+    vars(module)["_moecore_guard"] = module.register_state_dict_pre_hook(refuse_state)
+    vars(module)[REPLICATE] = refuse_replica
 
 
 def detach(module: nn.Module) -> None:
     """Undoes :func:`attach`. Harmless when called twice."""
     MODULES.pop(vars(module).pop("_moecore_number", -1), None)
-    vars(module).pop("_moecore", None)
+    if vars(module).pop("_moecore", None) is not None:
+        vars(module).pop("_moecore_guard").remove()
+        del vars(module)[REPLICATE]
+
+
+def refuse_state(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Before the state of an experts module is taken, whoever asks: a parent that was not wrapped itself, for one."""
+    name = prefix.rstrip(".") or type(module).__name__
+    raise ConfigError(
+        f"{name}: moecore runs these experts, and they are not part of the model's state: a checkpoint made of it "
+        "would be without experts; call moecore.unwrap(model) on what was wrapped first"
+    )
+
+
+def refuse_replica() -> nn.Module:
+    """In place of `_replicate_for_data_parallel`: slots are those of one GPU."""
+    raise ConfigError(
+        "a model whose experts moecore runs cannot be replicated by torch.nn.DataParallel: they are on one GPU; start "
+        "a process for each GPU and load the model there"
+    )
 
 
 def run(module: nn.Module, hidden: Tensor, index: Tensor, weights: Tensor) -> Any:

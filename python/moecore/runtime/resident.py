@@ -2,8 +2,8 @@
 
 What transformers calls for ``experts_implementation="moecore"`` where moecore does not offload the experts. A few
 tokens go straight through the experts' matrices; more are sorted by expert and go through grouped products. Whatever
-the kernels do not serve, and every call that wants gradients, goes to transformers' own `grouped_mm`: nobody gets an
-error for it.
+the kernels do not serve, and every call that wants gradients, goes to what the model ran its experts by before: nobody
+gets an error for it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moecore import ops
 from moecore._core import cuda_available
 from moecore.errors import ConfigError
+from moecore.ops import launch
 
 from . import families, routers
 from .compute import GROUPS
@@ -41,7 +42,11 @@ REPEATING = {"DeepseekV4Experts"}
 """Classes whose router may name an expert twice for a token: a table says which, and sorting wants them distinct."""
 
 OWN = "grouped_mm"
-"""The implementation of transformers that is called where moecore's is not: the default there."""
+"""The implementation of transformers that is called where moecore's is not, and nobody knows of another: the default
+there."""
+
+BEFORE = "_moecore_before"
+"""Under this name an experts module of a fused model holds the implementation that was selected before."""
 
 REPORT = "moecore_fused"
 """Under this name a fused model holds its report."""
@@ -88,9 +93,12 @@ def trains(module: nn.Module) -> bool:
 
 
 def own(module: nn.Module) -> Callable[..., Tensor]:
-    """What transformers itself runs experts by."""
+    """What transformers itself runs experts by: as before `fuse`, where that has selected moecore."""
     known = ALL_FP8_EXPERTS_FUNCTIONS if hasattr(module, "activation_scheme") else ALL_EXPERTS_FUNCTIONS
-    function: Callable[..., Tensor] = known[OWN]
+    name = getattr(module, BEFORE, OWN)
+    # The interface gives way to the family's own code, around which its decorator has put the choice.
+    eager = getattr(type(module).forward, "__wrapped__", None) if name in ("eager", None) else None
+    function: Callable[..., Tensor] = eager or known[name if name in known else OWN]
     return function
 
 
@@ -168,6 +176,12 @@ class Fused:
     _before: list[tuple[Any, str | None]] = field(default_factory=list, repr=False)
     _exchanged: list[str] = field(default_factory=list, repr=False)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Out of a pickle, perhaps in a process where nobody has told transformers of moecore."""
+        vars(self).update(state)
+        if self._before:
+            register()
+
     def __str__(self) -> str:
         """A few lines for people."""
         lines = [f"{len(self.experts)} experts modules and {len(self.routers)} routers run by moecore"]
@@ -197,8 +211,10 @@ def fuse(model: nn.Module) -> Any:
 
     Routers are exchanged where moecore knows their code word for word and a trial gives the same experts and weights.
     Nothing else changes: parameters, hooks, saving and generation stay. Calls that train run transformers' own code,
-    as do layouts, dtypes and devices that the kernels do not serve. Call it before `torch.compile`, on a model in its
-    final dtype. A second call does no harm.
+    by the experts implementation that was selected before, as do layouts, dtypes and devices that the kernels do not
+    serve. Call it before `torch.compile`, on a model in its final dtype. A second call does no harm.
+
+    On a GPU this loads the kernels, so that any call after it can be captured in a CUDA graph.
 
     Of a model that moecore offloads (:func:`moecore.wrap`, :func:`moecore.load`) only the routers are exchanged.
 
@@ -207,10 +223,12 @@ def fuse(model: nn.Module) -> Any:
 
     Raises:
         ConfigError: this is no loaded model, or it has no experts that moecore knows and no router either.
+        DeviceError: the kernels cannot be loaded on the model's GPU, or a CUDA graph is being captured there.
     """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"fuse takes a model that is loaded, not {type(model).__name__}")
     earlier: Fused = vars(model).get(REPORT) or Fused((), (), {})
+    load_kernels(model)
     exchanged, left = routers.replace(model)
     experts, others = served(model)
     left |= others
@@ -227,6 +245,13 @@ def fuse(model: nn.Module) -> Any:
         earlier._exchanged + exchanged,
     )
     return model
+
+
+def load_kernels(model: nn.Module) -> None:
+    """Loads the kernels on the GPUs of a model, where they can run."""
+    devices = {int(param.device.index) for param in model.parameters() if param.device.type == "cuda"}
+    for device in sorted(devices) if devices and ready() else ():
+        launch.load(device)
 
 
 def served(model: nn.Module) -> tuple[list[families.Taken], dict[str, str]]:
@@ -253,6 +278,10 @@ def select(model: nn.Module, experts: list[families.Taken]) -> list[tuple[Any, s
     if not experts:
         return []
     register()
+    for one in families.find(model):  # those that are left alone, too: they may share a configuration
+        value = getattr(getattr(one.module, "config", None), "_experts_implementation_internal", None)
+        if one.adapter.served_by_interface and value != families.NAME:
+            vars(one.module)[BEFORE] = value
     configs = [*families.configurations(model), *(one.module.config for one in experts)]
     before = []
     for config in configs:
@@ -270,4 +299,6 @@ def unfuse(model: nn.Module) -> nn.Module:
         routers.restore(model, report._exchanged)
         for config, value in reversed(report._before):
             config._experts_implementation_internal = value
+        for module in model.modules():
+            vars(module).pop(BEFORE, None)
     return model

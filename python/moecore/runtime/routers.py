@@ -7,7 +7,6 @@ a trial on random hidden states gives the original's experts and weights. Everyt
 from __future__ import annotations
 
 from dataclasses import dataclass
-from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +31,9 @@ MAX_EXPERTS, MAX_K, MAX_GROUPS = 1024, 32, 32
 """What the gate's kernels are made for."""
 
 TRIAL_TOKENS = 64
+
+REPLICATE = "_replicate_for_data_parallel"
+"""What `torch.nn.DataParallel` asks each module for."""
 
 DEVICES = {"cuda"}
 """Where calls go to the gate. On others it is plain torch, and slower than what it stands in for."""
@@ -112,7 +114,7 @@ class RouterSpec:
 def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     """In place of a router's own forward. Calls for which the gate is no match go to that one.
 
-    A bound method of this function is what a module gets: so a copy of the module has one of its own.
+    An :class:`Exchanged` leads here.
     """
     spec: RouterSpec | None = getattr(self, "_moecore_router", None)
     if spec is None:  # given back while somebody else's wrapper held this method
@@ -137,6 +139,32 @@ def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             chosen = chooser(logits, spec.arguments(self, flat, logits, given))
             return spec.results(self, flat, logits, *chosen)
     return type(self).forward(self, hidden_states, *args, **kwargs)
+
+
+class Exchanged:
+    """What an exchanged router holds as its forward.
+
+    An object of its own, since it is copied and pickled together with its router, which then has one of its own. A
+    method that is bound to the router would not be: as a part of the router it comes out of a pickle as the class's.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        self.router = router
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The router's results."""
+        return forward(self.router, hidden_states, *args, **kwargs)
+
+    def replicate(self) -> nn.Module:
+        """For `torch.nn.DataParallel`, whose replicas hold what their originals hold: one that holds its own."""
+        router: Any = self.router
+        replica: nn.Module = type(router)._replicate_for_data_parallel(router)
+        Exchanged(replica).install()
+        return replica
+
+    def install(self) -> None:
+        """Puts this into its router."""
+        vars(self.router).update({"forward": self, REPLICATE: self.replicate})
 
 
 def recognise(module: nn.Module) -> RouterSpec | None:
@@ -248,7 +276,7 @@ def ranks(spec: RouterSpec, logits: Tensor, bias: Tensor | None) -> Tensor:
 
 def is_ours(module: nn.Module) -> bool:
     """Whether the router runs by the gate."""
-    return getattr(vars(module).get("forward"), "__func__", None) is forward
+    return isinstance(vars(module).get("forward"), Exchanged)
 
 
 def replaced(model: nn.Module) -> list[str]:
@@ -284,7 +312,7 @@ def exchange(model: nn.Module) -> tuple[list[str], dict[str, str]]:
                 continue
             done.append(name)
             vars(module).update(_moecore_router=spec, _moecore_chooser=None)
-            vars(module)["forward"] = MethodType(forward, module)
+            Exchanged(module).install()
     except BaseException:
         restore(model, done)
         raise
@@ -320,5 +348,5 @@ def restore(model: nn.Module, names: list[str] | None = None) -> None:
         if "_moecore_router" in vars(module) and (names is None or name in names):
             if is_ours(module):
                 del vars(module)["forward"]
-            for key in ("_moecore_router", "_moecore_chooser"):
+            for key in ("_moecore_router", "_moecore_chooser", REPLICATE):
                 vars(module).pop(key, None)

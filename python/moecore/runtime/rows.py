@@ -107,12 +107,22 @@ def build(
     return Store(ExpertStore(paths, layers), layouts, spill)
 
 
-def from_index(index: ExpertIndex, folder: Path | None) -> Store:
-    """The store of a checkpoint: byte ranges of its files where these are the final bytes, else a spill file."""
-    layouts = [
+def layouts_of(index: ExpertIndex) -> list[Layout]:
+    """The rows of each layer of a checkpoint."""
+    return [
         Layout(number, layer.name, layer.num_experts, layer.top_k or 1, layer.row_bytes, layer.parts)
         for number, layer in enumerate(index.layers)
     ]
+
+
+def without_files(layouts: list[Layout]) -> Store:
+    """A store of rows that lie in no file: sizes and numbers are all that it knows."""
+    return build([], layouts, [[[] for _ in range(layout.experts)] for layout in layouts], None)
+
+
+def from_index(index: ExpertIndex, folder: Path | None) -> Store:
+    """The store of a checkpoint: byte ranges of its files where these are the final bytes, else a spill file."""
+    layouts = layouts_of(index)
     made = [number for number, layer in enumerate(index.layers) if layer.ranges is None]
     spill = Spill(folder, sum(layouts[number].row_bytes * layouts[number].experts for number in made)) if made else None
     try:
@@ -135,12 +145,10 @@ def from_index(index: ExpertIndex, folder: Path | None) -> Store:
 def held(taken: list[Taken]) -> Store:
     """The store of a loaded model whose experts go to host rows, with no file behind them."""
     layouts: list[Layout] = []
-    ranges: list[list[list[Range]]] = []
     for number, one in enumerate(taken):
         pieces, row_bytes = _row_bytes(one)
         layouts.append(Layout(number, one.name, one.num_experts, one.top_k or 1, row_bytes, pieces))
-        ranges.append([[] for _ in range(one.num_experts)])
-    return build([], layouts, ranges, None)
+    return without_files(layouts)
 
 
 def from_modules(taken: list[Taken], free: Callable[[Taken], None], folder: Path | None) -> Store:

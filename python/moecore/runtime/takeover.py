@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moecore.errors import BudgetError, ConfigError, MoecoreError
+from moecore._core import check_policy
+from moecore.errors import BudgetError, ConfigError, DeviceError, MoecoreError, TargetError
 
 from . import ahead, budget, ops, resident, routers, rows
 from .families import pretrained, take_over
@@ -78,6 +79,54 @@ def owner_of(taken: Taken, path: str) -> tuple[Any, str]:
     return (taken.module.get_submodule(owner) if owner else taken.module), name
 
 
+def check_options(options: Options) -> None:
+    """Raises for what no model could be run with.
+
+    Raises:
+        TargetError: there is no such policy, or `max_model_len` is no number of tokens.
+        BudgetError: a budget is not understood.
+    """
+    check_policy(options.policy)
+    for name, value in (("expert_memory", options.expert_memory), ("host_memory", options.host_memory)):
+        if value != "auto":
+            budget.parse(value, budget.LARGEST, name)
+    tokens = options.max_model_len
+    if tokens is not None and (isinstance(tokens, bool) or not isinstance(tokens, int) or tokens < 1):
+        raise TargetError(f"max_model_len must be a positive number of tokens, not {tokens!r}")
+
+
+def check_device(device: torch.device) -> None:
+    """Raises DeviceError for a kind of device that nobody runs experts on."""
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(
+            f"moecore runs experts on the CPU and on NVIDIA GPUs, not on {device}; move the model there with .to(...), "
+            "or name another device"
+        )
+
+
+def count_slots(
+    model: nn.Module, store: Store, device: torch.device, options: Options, notes: list[str], freed: int = 0
+) -> int:
+    """How many experts may be on the device at a time. `freed`: see :func:`auto_budget`.
+
+    Raises:
+        BudgetError: none.
+    """
+    if options.expert_memory == "auto":
+        sum_ = auto_budget(model, device, store.bytes, options.max_model_len, freed)
+        memory = sum_.budget
+        notes.append(f"budget: {sum_}")
+    else:
+        memory = budget.parse(options.expert_memory, store.bytes, "expert_memory")
+    slots = min(memory // store.slot_bytes, store.core.experts)
+    if slots < 1:
+        raise BudgetError(
+            f"expert_memory of {memory:,} bytes holds no expert; the smallest that works is {store.slot_bytes:,} "
+            f"bytes, and {store.min_slots * store.slot_bytes:,} hold the experts of one token"
+        )
+    return int(slots)
+
+
 def start(
     model: nn.Module,
     store: Store,
@@ -92,18 +141,7 @@ def start(
     `below` has the experts already; default: they come from the store's files.
     """
     notes = [] if notes is None else notes
-    if options.expert_memory == "auto":
-        sum_ = auto_budget(model, device, store.bytes, options.max_model_len)
-        memory = sum_.budget
-        notes.append(f"budget: {sum_}")
-    else:
-        memory = budget.parse(options.expert_memory, store.bytes, "expert_memory")
-    slots = min(memory // store.slot_bytes, store.core.experts)
-    if slots < 1:
-        raise BudgetError(
-            f"expert_memory of {memory:,} bytes holds no expert; the smallest that works is {store.slot_bytes:,} "
-            f"bytes, and {store.min_slots * store.slot_bytes:,} hold the experts of one token"
-        )
+    slots = count_slots(model, store, device, options, notes)
     backend = open_backend(store, slots, device, options, below, notes)
     try:
         handle = Handle(model, store, backend, taken, notes)
@@ -222,6 +260,10 @@ def restored(layer: int, taken: Taken, row: Row, device: torch.device) -> dict[s
 def wrap_model(model: nn.Module, options: Options, found: list[Taken]) -> Handle:
     """Moves the experts of a loaded model out of it and starts them."""
     device = device_of(model)
+    check_device(device)
+    plan = rows.held(found)
+    # An automatic budget is worked out anew when the experts are out, of what is free then: no more than here.
+    count_slots(model, plan, device, options, [], freed=plan.bytes)
     if device.type == "cuda":
         return wrap_on_gpu(model, options, found, device)
     store = rows.from_modules(found, free_params, options.spill_dir)

@@ -30,6 +30,13 @@ pub fn cuda_available(py: Python<'_>) -> Option<String> {
     py.detach(|| moecore_cuda::is_available().err())
 }
 
+/// Loads all kernels on a GPU, or finds them loaded. Not while a stream captures: loading ends the capture.
+#[pyfunction]
+pub fn load_kernels(py: Python<'_>, device: u32) -> PyResult<()> {
+    let load = || Context::of(device)?.kernels().map(drop);
+    py.detach(load).map_err(|error: Error| to_python(py, &error))
+}
+
 /// `lib` of NVIDIA's Python packages, which torch comes with.
 fn nvidia_folders(py: Python<'_>) -> PyResult<Vec<PathBuf>> {
     let mut folders = Vec::new();

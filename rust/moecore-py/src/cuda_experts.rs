@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use moecore::device::HostMemory;
 use moecore::experts::ExpertStore as Store;
 use moecore::io::{self, ReadOptions};
-use moecore::residency::policy::{PolicyKind, UnknownPolicy};
 use moecore::scheduler::{Call, DeviceScheduler, HostScheduler, Place, Rows};
 use moecore::telemetry::{Phase, Telemetry};
 use moecore::{Error, ErrorKind, Result};
@@ -20,6 +19,7 @@ use pyo3::prelude::*;
 use crate::cuda::CudaEngine;
 use crate::errors::to_python;
 use crate::experts::ExpertStore;
+use crate::policy::parse;
 use crate::stats::{Stats, stats};
 
 /// Rows of experts in pinned host memory, over their files.
@@ -308,8 +308,4 @@ impl CudaExperts {
         sources[half] = Some(rows);
         Ok(())
     }
-}
-
-fn parse(policy: &str) -> Result<PolicyKind> {
-    policy.parse().map_err(|unknown: UnknownPolicy| Error::new(ErrorKind::InvalidTarget, unknown.to_string()))
 }

@@ -7,7 +7,6 @@ use std::time::Duration;
 use moecore::device::HostDevice;
 use moecore::experts::ExpertStore as Store;
 use moecore::io::{self, ReadOptions};
-use moecore::residency::policy::UnknownPolicy;
 use moecore::scheduler::{Call, HostScheduler, Pending, Rows as HeldRows, Stream as Waves, Unfinished, Waited};
 use moecore::telemetry::{Phase, Telemetry};
 use moecore::{Error, ErrorKind};
@@ -15,6 +14,7 @@ use pyo3::prelude::*;
 
 use crate::errors::to_python;
 use crate::experts::ExpertStore;
+use crate::policy::parse;
 use crate::stats::{Stats, stats};
 
 /// How long to wait before Python may look at its signals: Ctrl-C must end a wait for a disk.
@@ -55,10 +55,7 @@ impl HostEngine {
             let files = store.files().to_vec();
             let options = ReadOptions { threads, ..ReadOptions::default() };
             let reads = Box::new(move |done| io::open(&files, &options, done));
-            let policy = policy
-                .parse()
-                .map_err(|unknown: UnknownPolicy| Error::new(ErrorKind::InvalidTarget, unknown.to_string()))?;
-            HostScheduler::start(store.clone(), Arc::new(memory), policy, telemetry.clone(), reads)
+            HostScheduler::start(store.clone(), Arc::new(memory), parse(policy)?, telemetry.clone(), reads)
         };
         let scheduler = py.detach(start).map_err(|error| to_python(py, &error))?;
         Ok(Self { scheduler: Mutex::new(Some(Arc::new(scheduler))), store, telemetry, _owner: owner })

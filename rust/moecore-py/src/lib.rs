@@ -6,6 +6,7 @@ mod cuda_testing;
 mod errors;
 mod experts;
 mod host_engine;
+mod policy;
 mod replay;
 mod routing;
 mod scanner;
@@ -17,7 +18,7 @@ use pyo3::prelude::*;
 #[pymodule]
 mod _core {
     #[pymodule_export]
-    use super::cuda::{CudaEngine, PinnedArena, cuda_available};
+    use super::cuda::{CudaEngine, PinnedArena, cuda_available, load_kernels};
 
     #[pymodule_export]
     use super::cuda_experts::{CudaExperts, HostRows};
@@ -30,6 +31,9 @@ mod _core {
 
     #[pymodule_export]
     use super::host_engine::{HostEngine, Rows, Stream};
+
+    #[pymodule_export]
+    use super::policy::check_policy;
 
     #[pymodule_export]
     use super::replay::replay_policy;
