@@ -156,7 +156,7 @@ class Route(Gate):
             return [("route_small.cu", self.small(n, f"moecore_route_small_{suffix}"), args)]
         early = bool(n.get("EARLY", 1))
         count = Launch(
-            f"moecore_route_count_{suffix}", (tiles, 1), 32 * n["ROUTE_COUNT_WARPS"], up16(4 * s.experts),
+            f"moecore_route_count_{suffix}", (tiles, 1), 32 * n["ROUTE_COUNT_WARPS"], up16(4 * s.experts), 0, early,
         )  # fmt: skip
         found: list[Step] = [("route_tiles.cu", count, args)]
         if scan:

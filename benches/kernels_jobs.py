@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     Call = Callable[[int], Any]
 
-OURS, ALIGN = "moecore", "moecore's align alone"
+OURS, ALIGN, PRODUCT = "moecore", "moecore's align alone", "the product alone"
 SCALE = 2.5
 
 
@@ -75,6 +75,25 @@ def gate(s: Shape, others: Peers, device: torch.device) -> Made:
     want = peers.torch_grouped(logits[0], *more) if s.groups > 1 else peers.torch_gate(logits[0], s.k)
     right = {name: (lambda run=run: same_choice(logits[0], run(0), want)) for name, run in sides.items()}
     return Made(sides, sets, size + s.tokens * s.k * 8, right)
+
+
+def router(s: Shape, others: Peers, device: torch.device) -> Made:
+    """A router as models have it: activations to bf16 logits by one product, then the gate."""
+    sets = sets_for(s.tokens, s.tokens * s.hidden * 2)
+    x = normal(s.tokens, s.hidden, sets, device)
+    weight = torch.randn(s.experts, s.hidden, device=device, dtype=torch.bfloat16) / s.hidden**0.5
+
+    def product(i: int) -> Tensor:
+        return torch.nn.functional.linear(x[i], weight)
+
+    runs = gates(s, others)
+    sides: dict[str, Call] = {name: (lambda i, run=run: run(product(i))) for name, run in runs.items()}
+    sides[PRODUCT] = product
+    logits = product(0)
+    want = peers.torch_gate(logits, s.k)
+    right = {name: (lambda run=run: same_choice(logits, run(logits), want)) for name, run in runs.items()}
+    moved = (s.tokens + s.experts) * s.hidden * 2 + s.tokens * (s.experts * 4 + s.k * 8)
+    return Made(sides, sets, moved, right)
 
 
 def gates(s: Shape, others: Peers) -> dict[str, Callable[[Tensor], Any]]:
@@ -382,6 +401,9 @@ def rows() -> Iterator[Row]:
             yield Row("index", Shape(tokens, experts, 8), index)
             yield Row("align", Shape(tokens, experts, 8), align)
     bf16 = {"dtype": torch.bfloat16}
+    for tokens in (1, 64, 4096):
+        for experts, hidden in WIDE:
+            yield Row("router", Shape(tokens, experts, 8, hidden, **bf16), router)
     for experts, hidden in WIDE:
         for tokens in (64, 512, 4096):
             yield Row("gate + index + permute", Shape(tokens, experts, 8, hidden), route_permute)

@@ -143,6 +143,8 @@ static __device__ __forceinline__ void combine(const CombineArgs &a) {
 // Any grid will do. Best is a warp for each UNITS * 512 bytes, at most COMBINE_BLOCKS blocks for each multiprocessor.
 // Grid: tokens * pieces of a row / COMBINE_WARPS, block: COMBINE_WARPS * 32.
 template <class T> static __device__ __forceinline__ void combine_any(const CombineArgs &a) {
+    let_next_begin();
+    await_last();
 #define CASE(K)                                                                                                        \
     case K:                                                                                                            \
         combine<T, K, COMBINE_UNITS(K), true>(a);                                                                      \

@@ -266,22 +266,29 @@ extern "C" __global__ void __launch_bounds__(ACQUIRE_THREADS) moecore_acquire(co
         acquire(a, call);
 }
 
-// The tokens of a block's warps, by the rule that the arguments name.
+// The tokens of a block's warps.
+template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void gate_block(const GateArgs &a) {
+    for (u32 token = warp_number(); token < a.tokens; token += ACQUIRE_THREADS / LANES)
+        gate_token<T, N, RULE>(a, token, a.tokens);
+}
+
+// The same by the rule that the arguments name.
 template <class T, u32 N> static __device__ __forceinline__ void gate_block(const GateArgs &a) {
     if (a.flags & GATE_BY_LOGITS)
-        gate_tokens<T, N, GATE_BY_LOGITS>(a, warp_number(), ACQUIRE_THREADS / LANES);
+        gate_block<T, N, GATE_BY_LOGITS>(a);
     else
-        gate_tokens<T, N, GATE_BY_SCORES>(a, warp_number(), ACQUIRE_THREADS / LANES);
+        gate_block<T, N, GATE_BY_SCORES>(a);
 }
 
 // The same, with the ids from the router's logits. Every block chooses for itself: a warp takes a token in less time
 // than another launch, or a word from another block, would take. All write the same ids and weights.
 template <class T> static __device__ __forceinline__ void gate_acquire(const GateAcquireArgs &a) {
     __shared__ Call call;
+    await_last();
     if (a.acquire.pairs == 0)
         return;
     if (!(a.gate.flags & (GATE_BY_LOGITS | GATE_BY_SCORES)))
-        gate_tokens<T, 8, 0>(a.gate, warp_number(), ACQUIRE_THREADS / LANES);
+        gate_block<T, 8, 0>(a.gate);
     else if (a.gate.experts <= 2 * LANES)
         gate_block<T, 2>(a.gate);
     else if (a.gate.experts <= 4 * LANES)

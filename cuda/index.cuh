@@ -19,16 +19,15 @@ static __device__ __forceinline__ i64 given_id(const GateArgs &a, u64 pair) {
     return a.flags & GATE_IDS_I64 ? ((const i64 *)a.ids)[pair] : (i64)((const i32 *)a.ids)[pair];
 }
 
-// A token's bins, to lanes j < k of a warp: gated, or of given ids.
-template <class T, u32 N, u32 RULE>
-static __device__ __forceinline__ u32 bins_of_token(const RouteArgs &a, u32 token, u32 valid) {
+// A token's ids, to lanes j < k of a warp: those that are given, or -1.
+static __device__ __forceinline__ i64 given_ids(const GateArgs &a, u32 token, u32 valid) {
     const u32 lane = threadIdx.x % LANES;
-    i64 id = -1;
-    if (a.gate.logits)
-        id = gate_token<T, N, RULE>(a.gate, token, valid);
-    else if (token < valid && lane < a.gate.k)
-        id = given_id(a.gate, (u64)token * a.gate.k + lane);
-    return lane < a.gate.k ? bin_of(a, id) : NO_BIN;
+    return token < valid && lane < a.k ? given_id(a, (u64)token * a.k + lane) : -1;
+}
+
+// The bins of a token with these ids, to lanes j < k; NO_BIN to the others.
+static __device__ __forceinline__ u32 bins_of(const RouteArgs &a, i64 id) {
+    return threadIdx.x % LANES < a.gate.k ? bin_of(a, id) : NO_BIN;
 }
 
 // Bits below bit `bit`.

@@ -219,3 +219,7 @@
 #ifndef ROUTE_PLACE_LONG_SPLIT
 #define ROUTE_PLACE_LONG_SPLIT 16
 #endif
+// Bytes of each tile that are asked for while its experts are not known yet; 0: none.
+#ifndef ROUTE_AHEAD_BYTES
+#define ROUTE_AHEAD_BYTES 131072
+#endif

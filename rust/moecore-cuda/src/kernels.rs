@@ -275,7 +275,7 @@ impl Kernels {
         args: &GateAcquireArgs,
         stream: Stream,
     ) -> Result<()> {
-        let shape = Shape::new((ACQUIRE_BLOCKS, 1), ACQUIRE_THREADS);
+        let shape = Shape { early: true, ..Shape::new((ACQUIRE_BLOCKS, 1), ACQUIRE_THREADS) };
         // SAFETY: the caller's promise.
         unsafe { self.launch(context, Kernel::with(Family::GateAcquire, format), &shape, stream, args) }
     }

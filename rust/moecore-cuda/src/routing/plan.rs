@@ -122,7 +122,7 @@ impl Tiles {
 
     /// The launch that chooses, and counts each tile.
     pub(super) fn count(self, bins: u32) -> Shape {
-        Shape { shared: 4 * bins, ..Shape::new((self.tiles, 1), 32 * ROUTE_COUNT_WARPS) }
+        Shape { shared: 4 * bins, ..early((self.tiles, 1), 32 * ROUTE_COUNT_WARPS) }
     }
 
     /// The launch that adds up the counts.
@@ -158,7 +158,8 @@ pub(super) fn permute(tokens: u32, row_bytes: u32, becomes_fp8: Option<u32>, gpu
 /// The weighted sum of `k` rows of `row_bytes` for each token.
 pub(super) fn combine(tokens: u32, k: u32, row_bytes: u32, gpu: Gpu) -> Shape {
     let units = if UNROLLED.contains(&k) { (COMBINE_IN_FLIGHT / (k + 2)).max(1) } else { 1 };
-    pieces(tokens, row_bytes.div_ceil(STEP * units), COMBINE_WARPS, gpu.processors * COMBINE_BLOCKS)
+    let shape = pieces(tokens, row_bytes.div_ceil(STEP * units), COMBINE_WARPS, gpu.processors * COMBINE_BLOCKS);
+    Shape { early: true, ..shape }
 }
 
 /// The cut of so many pairs into blocks.
