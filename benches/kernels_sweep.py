@@ -92,8 +92,8 @@ def families() -> list[Family]:
         }),
         Family("route_permute", ("route_tiles.cu",), partial(cases.Route, one=False), tuple(moved), {
             "ROUTE_PLACE_THREADS": (128, 256, 512, 1024), "ROUTE_PLACE_SPLIT": (1, 2, 4, 8, 16), "TILE": (32, 64, 128),
-            "EARLY": (0,), "PERMUTE_STORE_HINT": (0, 1, 2, 3), "ROUTE_PLACE_DEPTH": (1, 2, 8),
-            "ROUTE_PLACE_LONG_SPLIT": (4, 8, 32), "ROUTE_AHEAD_BYTES": (0, 32768, 65536, 262144, 524288),
+            "EARLY": (0,), "ROUTE_STORE_HINT": (0, 1, 2, 3), "ROUTE_PLACE_DEPTH": (1, 2, 8),
+            "ROUTE_PLACE_LONG_SPLIT": (4, 8, 32),
         }, ({"TILE": 32, "ROUTE_PLACE_SPLIT": 8}, {"TILE": 64, "ROUTE_PLACE_SPLIT": 8},
             {"TILE": 128, "ROUTE_PLACE_SPLIT": 16}, {"TILE": 32, "ROUTE_PLACE_SPLIT": 4}, *BULKS[:2])),
         Family("permute", ("permute.cu",), cases.Permute, tuple(wide), {

@@ -79,8 +79,8 @@ static __device__ __forceinline__ void combine(const CombineArgs &a) {
 #pragma unroll
         for (u32 u = 0; u < UNITS; ++u) {
             const bool inside = at + u * STEP < a.row_bytes;
-            shared[u] = load_once_if(a.shared && inside, (const u8 *)a.shared + place + u * STEP);
-            residual[u] = load_once_if(a.residual && inside, (const u8 *)a.residual + place + u * STEP);
+            shared[u] = load_once_if<true>(a.shared && inside, (const u8 *)a.shared + place + u * STEP);
+            residual[u] = load_once_if<true>(a.residual && inside, (const u8 *)a.residual + place + u * STEP);
         }
         Choice next = ahead;
         if (item + stride < items)
@@ -104,7 +104,7 @@ static __device__ __forceinline__ void combine(const CombineArgs &a) {
                 const u8 *from = (const u8 *)a.rows + (u64)row * a.row_bytes + at;
 #pragma unroll
                 for (u32 u = 0; u < UNITS; ++u)
-                    held[j][u] = load_once_if((named >> j & 1u) && at + u * STEP < a.row_bytes, from + u * STEP);
+                    held[j][u] = load_once_if<true>((named >> j & 1u) && at + u * STEP < a.row_bytes, from + u * STEP);
             }
 #pragma unroll
             for (u32 j = 0; j < K; ++j) {

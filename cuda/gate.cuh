@@ -29,31 +29,23 @@ static __device__ __forceinline__ void put_choice(const GateArgs &a, u32 token, 
         F16::put(a.weights, at, weight);
 }
 
-// A token's choices and weights, to lanes j < k. Called by a whole warp. RULE: GATE_BY_LOGITS, GATE_BY_SCORES, or 0 for
-// whatever is asked for.
+// A token's choices, written and given to lanes j < k. Called by a whole warp. RULE: GATE_BY_LOGITS, GATE_BY_SCORES, or 0
+// for whatever is asked for.
 template <class T, u32 N, u32 RULE>
-static __device__ __forceinline__ void choose(const GateArgs &a, u32 token, u32 valid, u32 &id, float &weight) {
-    id = ~0u;
-    weight = 0.0f;
-    if (token >= valid)
-        return;
-    if constexpr (RULE == 0) {
-        gate_any_row<T>(a, token, id, weight);
-    } else {
-        constexpr bool SCORES = RULE == GATE_BY_SCORES;
-        gate_fast_row<T, N, SCORES>(a, token, load_row<T, N, SCORES>(a, token, true), id, weight);
+static __device__ __forceinline__ i32 gate_token(const GateArgs &a, u32 token, u32 valid) {
+    u32 id = ~0u;
+    float weight = 0.0f;
+    if (token < valid) {
+        if constexpr (RULE == 0)
+            gate_any_row<T>(a, token, id, weight);
+        else
+            gate_fast_row<T, N, RULE == GATE_BY_SCORES>(
+                a, token, load_row<T, N, RULE == GATE_BY_SCORES>(a, token, true), id, weight);
     }
-}
-
-// The same, written.
-template <class T, u32 N, u32 RULE>
-static __device__ __forceinline__ u32 gate_token(const GateArgs &a, u32 token, u32 valid) {
-    u32 id;
-    float weight;
-    choose<T, N, RULE>(a, token, valid, id, weight);
-    if (threadIdx.x % LANES < a.k)
-        put_choice(a, token, threadIdx.x % LANES, (i32)id, weight);
-    return id;
+    const u32 lane = threadIdx.x % LANES;
+    if (lane < a.k)
+        put_choice(a, token, lane, (i32)id, weight);
+    return (i32)id;
 }
 
 // All tokens of a grid's warps, which take turns; a row is on its way while the one before it is chosen from.

@@ -19,15 +19,16 @@ static __device__ __forceinline__ i64 given_id(const GateArgs &a, u64 pair) {
     return a.flags & GATE_IDS_I64 ? ((const i64 *)a.ids)[pair] : (i64)((const i32 *)a.ids)[pair];
 }
 
-// A token's ids, to lanes j < k of a warp: those that are given, or -1.
-static __device__ __forceinline__ i64 given_ids(const GateArgs &a, u32 token, u32 valid) {
+// A token's bins, to lanes j < k of a warp: gated, or of given ids.
+template <class T, u32 N, u32 RULE>
+static __device__ __forceinline__ u32 bins_of_token(const RouteArgs &a, u32 token, u32 valid) {
     const u32 lane = threadIdx.x % LANES;
-    return token < valid && lane < a.k ? given_id(a, (u64)token * a.k + lane) : -1;
-}
-
-// The bins of a token with these ids, to lanes j < k; NO_BIN to the others.
-static __device__ __forceinline__ u32 bins_of(const RouteArgs &a, i64 id) {
-    return threadIdx.x % LANES < a.gate.k ? bin_of(a, id) : NO_BIN;
+    i64 id = -1;
+    if (a.gate.logits)
+        id = gate_token<T, N, RULE>(a.gate, token, valid);
+    else if (token < valid && lane < a.gate.k)
+        id = given_id(a.gate, (u64)token * a.gate.k + lane);
+    return lane < a.gate.k ? bin_of(a, id) : NO_BIN;
 }
 
 // Bits below bit `bit`.
@@ -41,20 +42,12 @@ static __device__ __forceinline__ u32 rank_in_bin(const u32 *masks, u32 bins, u3
     return rank;
 }
 
-// First rows of all bins, into `starts`, from their counts; the end of each into `ends` unless that is null. The rows
-// of all bins together are given back. Called by a whole block; `partial` holds LANES numbers. Counts must have been
-// written before a barrier, and starts may be read after one.
-template <class Count>
-static __device__ __forceinline__ u32 start_bins(u32 bins, const Count &count, u32 *starts, i32 *ends, u32 *partial) {
+// What the threads of a block before this one have together, and what all have. `partial` holds LANES numbers; there is
+// a barrier in it. Called by a whole block of so many warps.
+static __device__ __forceinline__ u32 before_in_block(u32 mine, u32 *partial, u32 warps, u32 &all) {
     const u32 lane = threadIdx.x % LANES;
     const u32 warp = threadIdx.x / LANES;
-    const u32 each = (bins + blockDim.x - 1) / blockDim.x;
-    const u32 first = threadIdx.x * each;
-    const u32 end = min(first + each, bins);
-    u32 sum = 0;
-    for (u32 bin = first; bin < end; ++bin)
-        sum += count(bin);
-    u32 through = sum;  // this lane's bins and those of the lanes before it
+    u32 through = mine;  // and with those of the lanes before it
 #pragma unroll
     for (u32 distance = 1; distance < LANES; distance *= 2) {
         const u32 other = __shfl_up_sync(FULL_WARP, through, distance);
@@ -63,13 +56,29 @@ static __device__ __forceinline__ u32 start_bins(u32 bins, const Count &count, u
     if (lane == LANES - 1)
         partial[warp] = through;
     __syncthreads();
-    const u32 theirs = lane < blockDim.x / LANES ? partial[lane] : 0;
-    u32 row = __reduce_add_sync(FULL_WARP, lane < warp ? theirs : 0) + through - sum;
+    const u32 theirs = lane < warps ? partial[lane] : 0;
+    all = __reduce_add_sync(FULL_WARP, theirs);
+    return __reduce_add_sync(FULL_WARP, lane < warp ? theirs : 0) + through - mine;
+}
+
+// First rows of all bins, into `starts`, from their counts; the end of each into `ends` unless that is null. The rows
+// of all bins together are given back. Called by a whole block; `partial` holds LANES numbers. Counts must have been
+// written before a barrier, and starts may be read after one.
+template <class Count>
+static __device__ __forceinline__ u32 start_bins(u32 bins, const Count &count, u32 *starts, i32 *ends, u32 *partial) {
+    const u32 each = (bins + blockDim.x - 1) / blockDim.x;
+    const u32 first = threadIdx.x * each;
+    const u32 end = min(first + each, bins);
+    u32 sum = 0;
+    for (u32 bin = first; bin < end; ++bin)
+        sum += count(bin);
+    u32 all;
+    u32 row = before_in_block(sum, partial, blockDim.x / LANES, all);
     for (u32 bin = first; bin < end; ++bin) {
         starts[bin] = row;
         row += count(bin);
         if (ends)
             ends[bin] = (i32)row;
     }
-    return __reduce_add_sync(FULL_WARP, theirs);
+    return all;
 }

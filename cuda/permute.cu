@@ -9,9 +9,9 @@
 template <class Quant> static __device__ __forceinline__ void permute(const PermuteArgs &a) {
     const Scatter s = {(const u8 *)a.x, a.inverse, (u8 *)a.out, a.scales, a.row_bytes, a.k, a.rows};
     if (a.tokens <= PERMUTE_SMALL_TOKENS)
-        scatter<Quant, 1>(s, a.tokens, blockIdx.x, gridDim.x);
+        scatter<Quant, 1, false>(s, a.tokens, blockIdx.x, gridDim.x);
     else
-        scatter<Quant, Quant::DEPTH>(s, a.tokens, blockIdx.x, gridDim.x);
+        scatter<Quant, Quant::DEPTH, false>(s, a.tokens, blockIdx.x, gridDim.x);
 }
 
 extern "C" __global__ void __launch_bounds__(PERMUTE_WARPS *LANES) moecore_permute(const PermuteArgs a) {

@@ -41,7 +41,8 @@ struct PlainRows {
     }
 
     // Called by a warp: one piece of one token.
-    template <u32 DEEP> static __device__ __forceinline__ void copy(const Scatter &s, u32 token, u32 piece) {
+    template <u32 DEEP, bool FRESH>
+    static __device__ __forceinline__ void copy(const Scatter &s, u32 token, u32 piece) {
         const u32 lane = threadIdx.x % LANES;
         const u32 at = (piece * DEEP * LANES + lane) * 16;
         const u8 *from = s.x + (u64)token * s.row_bytes + at;
@@ -49,14 +50,14 @@ struct PlainRows {
         Vec16 held[DEEP];
 #pragma unroll
         for (u32 d = 0; d < DEEP; ++d)
-            held[d] = load_once_if(at + d * LANES * 16 < s.row_bytes, from + d * LANES * 16);
+            held[d] = load_once_if<FRESH>(at + d * LANES * 16 < s.row_bytes, from + d * LANES * 16);
         for (u32 first = 0;;) {
             for (u32 named = __ballot_sync(FULL_WARP, mine >= 0); named != 0; named &= named - 1) {
                 u8 *to = s.rows + (u64)(u32)__shfl_sync(FULL_WARP, mine, __ffs((int)named) - 1) * s.row_bytes + at;
 #pragma unroll
                 for (u32 d = 0; d < DEEP; ++d)
                     if (at + d * LANES * 16 < s.row_bytes)
-                        store16_as<PERMUTE_STORE_HINT>(to + d * LANES * 16, held[d]);
+                        store16_as<FRESH ? ROUTE_STORE_HINT : PERMUTE_STORE_HINT>(to + d * LANES * 16, held[d]);
             }
             first += LANES;
             if (first >= s.k)
@@ -129,7 +130,8 @@ template <class Format> struct Fp8Rows {
                 packed.word[i * WORDS + w] = words[i][w];
     }
 
-    template <u32 DEEP> static __device__ __forceinline__ void copy(const Scatter &s, u32 token, u32 piece) {
+    template <u32 DEEP, bool FRESH>
+    static __device__ __forceinline__ void copy(const Scatter &s, u32 token, u32 piece) {
         const u32 lane = threadIdx.x % LANES;
         const u32 columns = s.row_bytes / Format::bytes;
         const u32 begin = piece * DEEP * E4M3_PIECE;
@@ -141,7 +143,7 @@ template <class Format> struct Fp8Rows {
 #pragma unroll
             for (u32 i = 0; i < LOADS; ++i) {
                 const u32 column = begin + d * E4M3_PIECE + (i * LANES + lane) * Format::lanes;
-                held[d][i] = load_once_if(column < columns, from + (u64)column * Format::bytes);
+                held[d][i] = load_once_if<FRESH>(column < columns, from + (u64)column * Format::bytes);
             }
         Vec16 packed[DEEP];
         float scale[DEEP];
@@ -157,7 +159,7 @@ template <class Format> struct Fp8Rows {
 #pragma unroll
                 for (u32 d = 0; d < DEEP; ++d)
                     if (own + d * E4M3_PIECE < columns)
-                        store16_as<PERMUTE_STORE_HINT>(to + d * E4M3_PIECE, packed[d]);
+                        store16_as<FRESH ? ROUTE_STORE_HINT : PERMUTE_STORE_HINT>(to + d * E4M3_PIECE, packed[d]);
             }
             put_scales<DEEP>(s, mine, min(s.k - first, (u32)LANES), columns, begin, scale);
             first += LANES;
@@ -249,7 +251,8 @@ static __device__ void scatter_bulk(const Scatter &s, u32 tokens, u32 block, u32
 #endif
 
 // The copy of the rows of all tokens by `blocks` blocks, of which this is number `block`. Called by all threads of it.
-template <class Quant, u32 DEPTH>
+// FRESH: by a kernel that began early.
+template <class Quant, u32 DEPTH, bool FRESH>
 static __device__ __forceinline__ void scatter(const Scatter &s, u32 tokens, u32 block, u32 blocks) {
 #ifdef BULK_ROWS
     if (Quant::BULK && (DEPTH == Quant::DEPTH || DEPTH == Quant::PLACED)) {
@@ -261,7 +264,7 @@ static __device__ __forceinline__ void scatter(const Scatter &s, u32 tokens, u32
     const u32 width = Quant::pieces(s.row_bytes, DEPTH);
     const u32 items = tokens * width;
     for (u32 i = block * warps + threadIdx.x / LANES; i < items; i += blocks * warps)
-        Quant::template copy<DEPTH>(s, i / width, i % width);
+        Quant::template copy<DEPTH, FRESH>(s, i / width, i % width);
 }
 
 // The rows of tokens first_token..first_token + count by one block. `inverse`, in shared or global memory, is
@@ -271,5 +274,5 @@ static __device__ void scatter_tokens(const void *x, u32 row_bytes, void *rows, 
                                       u32 count, u32 k, const i32 *inverse, u32 row_limit) {
     const u8 *from = (const u8 *)x + (u64)first_token * row_bytes;
     const Scatter s = {from, inverse, (u8 *)rows, scales, row_bytes, k, row_limit};
-    scatter<Quant, Quant::PLACED>(s, count, 0, 1);
+    scatter<Quant, Quant::PLACED, true>(s, count, 0, 1);
 }

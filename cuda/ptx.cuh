@@ -4,18 +4,23 @@
 #include "common.cuh"
 
 // 16 bytes that are used once, past L1, or zeros where nothing is wanted. A branch around the load would do, too, but the
-// compiler then puts all such loads into the same registers, and each waits for the one before. Volatile: it stays behind
-// await_last(), as what an earlier kernel wrote must.
-static __device__ __forceinline__ Vec16 load_once_if(bool wanted, const void *at) {
+// compiler then puts all such loads into the same registers, and each waits for the one before. FRESH: it stays behind
+// await_last() and sees what an earlier kernel wrote; else the memory is read-only as long as the kernel runs.
+template <bool FRESH> static __device__ __forceinline__ Vec16 load_once_if(bool wanted, const void *at) {
 #ifdef MOECORE_EMULATED
     return wanted ? emulated_load<Vec16>(at) : zero16();
 #else
+#define LOAD_IF(load)                                                                                                  \
+    "{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"                                                                     \
+    " mov.u32 %0, 0;\n mov.u32 %1, 0;\n mov.u32 %2, 0;\n mov.u32 %3, 0;\n"                                             \
+    " @p " load " {%0,%1,%2,%3}, [%4];\n}"                                                                             \
+        : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])                                       \
+        : "l"(at), "r"((u32)wanted)
     Vec16 v;
-    asm volatile("{\n .reg .pred p;\n setp.ne.u32 p, %5, 0;\n"
-                 " mov.u32 %0, 0;\n mov.u32 %1, 0;\n mov.u32 %2, 0;\n mov.u32 %3, 0;\n"
-                 " @p ld.global.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
-                 : "=&r"(v.word[0]), "=&r"(v.word[1]), "=&r"(v.word[2]), "=&r"(v.word[3])
-                 : "l"(at), "r"((u32)wanted));
+    if (FRESH)
+        asm volatile(LOAD_IF("ld.global.L1::no_allocate.v4.u32"));
+    else
+        asm(LOAD_IF(LOAD_ONCE));
     return v;
 #endif
 }
@@ -222,13 +227,6 @@ static __device__ __forceinline__ void load_words(const void *at, u32 (&into)[4]
 #endif
 }
 
-// Nothing but a word to the memory: whatever lies there.
-static __device__ __forceinline__ void prefetch_into_l2(const void *at) {
-#ifndef MOECORE_EMULATED
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
-#endif
-}
-
 // Programmatic dependent launch: the next kernel of the stream may begin; wait for all that the last one wrote. Without
 // the launch attribute both do nothing.
 static __device__ __forceinline__ void let_next_begin() {
@@ -262,11 +260,6 @@ static __device__ __forceinline__ void cluster_arrive() {
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
 }
 
-// Without a word about memory: to wait for what was written before would take longer.
-static __device__ __forceinline__ void cluster_arrive_relaxed() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 static __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
@@ -278,6 +271,11 @@ static __device__ __forceinline__ u32 first_blocks(const void *mine) {
     return there;
 }
 
+static __device__ __forceinline__ void or_in_first_block(u32 *mine, u32 bits) {
+    asm volatile("red.relaxed.cluster.shared::cluster.or.b32 [%0], %1;" ::"r"(first_blocks(mine)), "r"(bits)
+                 : "memory");
+}
+
 static __device__ __forceinline__ void put_in_first_block(u16 *mine, u16 value) {
     asm volatile("st.relaxed.cluster.shared::cluster.u16 [%0], %1;" ::"r"(first_blocks(mine)), "h"(value)
                  : "memory");
@@ -286,15 +284,17 @@ static __device__ __forceinline__ void put_in_first_block(u16 *mine, u16 value) 
 static inline u32 cluster_rank() { return emulated_cluster_rank(); }
 static inline u32 cluster_size() { return emulated_cluster_size(); }
 static inline void cluster_arrive() { emulated_cluster_arrive(); }
-static inline void cluster_arrive_relaxed() { emulated_cluster_arrive(); }
 static inline void cluster_wait() { emulated_cluster_wait(); }
+static inline void or_in_first_block(u32 *mine, u32 bits) {
+    emulated_swap((u32 *)emulated_cluster_map(mine, 0), [=](u32 old) { return old | bits; });
+}
 static inline void put_in_first_block(u16 *mine, u16 value) { *(u16 *)emulated_cluster_map(mine, 0) = value; }
 #else
 static __device__ __forceinline__ u32 cluster_rank() { return 0; }
 static __device__ __forceinline__ u32 cluster_size() { return 1; }
 static __device__ __forceinline__ void cluster_arrive() {}
-static __device__ __forceinline__ void cluster_arrive_relaxed() {}
 static __device__ __forceinline__ void cluster_wait() { __syncthreads(); }
+static __device__ __forceinline__ void or_in_first_block(u32 *mine, u32 bits) { atomicOr(mine, bits); }
 static __device__ __forceinline__ void put_in_first_block(u16 *mine, u16 value) { *mine = value; }
 #endif
 

@@ -43,67 +43,36 @@ template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void route
     u32 *starts = masks + words * a.bins;
     u32 *partial = starts + a.bins;
     u16 *chosen = (u16 *)(partial + LANES);
-    const bool alone = cluster_size() == 1;
-    const bool given = !a.gate.logits;
-    if (!alone)
-        cluster_arrive_relaxed();  // this block is there for the others to write to
     if (tokens != 1 && cluster_rank() == 0)
         for (u32 i = threadIdx.x; i < words * a.bins; i += blockDim.x)
             masks[i] = 0;
+    if (tokens != 1)
+        cluster_arrive();
 
     const u32 warps = blockDim.x / LANES;
-    const u32 stride = cluster_size() * warps;
     const u32 valid = valid_tokens(a.gate);
-    bool awaited = alone;
-    u32 token = cluster_rank() * warps + warp_number();
-    u32 id = ~0u;
-    float weight = 0.0f;
-    for (; token < tokens; token += stride) {
-        i64 ids;
-        const bool last = token + stride >= tokens;
-        if (given) {
-            ids = given_ids(a.gate, token, valid);
-        } else {
-            choose<T, N, RULE>(a.gate, token, valid, id, weight);
-            ids = (i32)id;
-            // In a cluster the last ones are written when nobody waits for it: the barrier's arrival would.
-            if (lane < k && (alone || !last))
-                put_choice(a.gate, token, lane, (i32)id, weight);
-        }
-        const u32 bin = bins_of(a, ids);
-        if (tokens == 1)
+    bool cleared = false;  // the masks, as this warp knows
+    for (u32 token = cluster_rank() * warps + warp_number(); token < tokens; token += cluster_size() * warps) {
+        const u32 bin = bins_of_token<T, N, RULE>(a, token, valid);
+        if (tokens == 1) {
             index_one(a, bin);
-        if (!awaited)
-            cluster_wait();
-        awaited = true;
-        if (tokens != 1 && lane < k)
-            put_in_first_block(chosen + token * k + lane, (u16)bin);
-        if (last)
-            break;
-    }
-    if (!awaited)
-        cluster_wait();
-    if (!alone)
-        cluster_arrive();
-    if (tokens == 1)
-        return;
-    if (alone) {
-        __syncthreads();
-    } else {
-        if (token < tokens && !given && lane < k)
-            put_choice(a.gate, token, lane, (i32)id, weight);
-        cluster_wait();
-        if (cluster_rank() != 0)
             return;
-    }
-
-    for (u32 pair = threadIdx.x; pair < tokens * k; pair += blockDim.x) {
-        const u32 token = pair / k;
-        const u32 bin = chosen[pair];
+        }
+        if (!cleared)
+            cluster_wait();
+        cleared = true;
+        if (lane < k)
+            put_in_first_block(chosen + token * k + lane, (u16)bin);
         if (bin != NO_BIN)
-            atomicOr(masks + token / 32 * a.bins + bin, 1u << token % 32);
+            or_in_first_block(masks + token / 32 * a.bins + bin, 1u << token % 32);
     }
-    __syncthreads();
+    if (!cleared)
+        cluster_wait();
+    cluster_arrive();
+    cluster_wait();
+    if (cluster_rank() != 0)
+        return;
+
     const auto count = [&](u32 bin) {
         u32 rows = 0;
         for (u32 word = 0; word < words; ++word)

@@ -22,9 +22,7 @@ template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void route
     const u32 first = blockIdx.x * a.tile;
     const u32 end = min(first + a.tile, a.gate.tokens);
     for (u32 token = first + warp_number(); token < end; token += blockDim.x / LANES) {
-        const bool given = !a.gate.logits;
-        const u32 bin = bins_of(
-            a, given ? given_ids(a.gate, token, valid) : (i32)gate_token<T, N, RULE>(a.gate, token, valid));
+        const u32 bin = bins_of_token<T, N, RULE>(a, token, valid);
         if (bin != NO_BIN)
             atomicAdd(counts + bin, 1u);
     }
@@ -105,12 +103,6 @@ static __device__ __forceinline__ u32 half_word(const u32 *words, u32 i) {
     return words[i / 2] >> i % 2 * 16 & 0xffffu;
 }
 
-// Asks for `bytes` of memory, so that they are in L2 when they are read. Called by a whole block.
-static __device__ __forceinline__ void ask_ahead(const u8 *from, u64 bytes) {
-    for (u64 at = (u64)threadIdx.x * 128; at < bytes; at += (u64)blockDim.x * 128)
-        prefetch_into_l2(from + at);
-}
-
 // Places the pairs of tile blockIdx.x, and copies its rows together with the other blocks of its column: each takes
 // some of the tokens.
 // Grid: (tiles, blocks that share a tile's copy), block: ROUTE_PLACE_THREADS. Dynamic shared memory, words of 4 bytes:
@@ -130,12 +122,9 @@ template <class Quant> static __device__ __forceinline__ void route_place(const 
     for (u32 i = threadIdx.x; i < a.tile / 32 * a.bins + 2 * halves; i += blockDim.x)
         masks[i] = 0;
     __syncthreads();
-    const u32 first = tile * a.tile;
-    if (a.x && blockIdx.y == 0)  // the memory has nothing else to do while experts are chosen and counted
-        ask_ahead((const u8 *)a.x + (u64)first * a.row_bytes,
-                  min((u64)min(a.tile, a.gate.tokens - first) * a.row_bytes, (u64)ROUTE_AHEAD_BYTES));
     await_last();
 
+    const u32 first = tile * a.tile;
     const u32 pairs = min(a.tile, a.gate.tokens - first) * k;
     const u32 valid = valid_tokens(a.gate);
     for (u32 pair = threadIdx.x; pair < pairs; pair += blockDim.x) {

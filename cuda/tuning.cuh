@@ -187,9 +187,12 @@
 #ifndef ROUTE_SMALL_WARPS
 #define ROUTE_SMALL_WARPS 16
 #endif
-// align: threads of a block.
+// align: threads of a block, blocks for each multiprocessor at most.
 #ifndef ALIGN_THREADS
 #define ALIGN_THREADS 256
+#endif
+#ifndef ALIGN_BLOCKS
+#define ALIGN_BLOCKS 4
 #endif
 // route by tiles: tokens up to which a tile has 32 (64 up to twice as many, then 128); tiles above which a kernel of its
 // own adds up the counts (at most 511); warps of a block that counts; threads of a block that places rows, and blocks
@@ -219,7 +222,7 @@
 #ifndef ROUTE_PLACE_LONG_SPLIT
 #define ROUTE_PLACE_LONG_SPLIT 16
 #endif
-// Bytes of each tile that are asked for while its experts are not known yet; 0: none.
-#ifndef ROUTE_AHEAD_BYTES
-#define ROUTE_AHEAD_BYTES 131072
+// How the placed rows are stored (numbers as for permute).
+#ifndef ROUTE_STORE_HINT
+#define ROUTE_STORE_HINT 2
 #endif

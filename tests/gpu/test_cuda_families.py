@@ -78,7 +78,10 @@ def test_a_quarter_gives_what_all_give(name: str, folder: Path) -> None:
 def test_quantised_experts(kind: str, folder: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers loads FP8 and MXFP4 checkpoints with accelerate only")
     if kind == "fp8":
-        pytest.importorskip("kernels", reason="on a GPU transformers' own FP8 layers need the package kernels")
+        from transformers.utils import is_kernels_available
+
+        if not is_kernels_available():
+            pytest.skip("on a GPU transformers' own FP8 layers need the package kernels, in a version that it takes")
     where = packed.mxfp4(folder) if kind == "mxfp4" else packed.fp8("deepseek_v3", folder)
     few, all_ = run(where, "25%"), run(where, "100%")
     assert all(torch.equal(a, b) for a, b in zip(few, all_, strict=True))

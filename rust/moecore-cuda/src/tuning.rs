@@ -37,6 +37,8 @@ pub const ROUTE_CLUSTER_FEW: u32 = 64;
 pub const ROUTE_SMALL_WARPS: u32 = 16;
 /// Threads of a block of `align`.
 pub const ALIGN_THREADS: u32 = 256;
+/// Blocks of it for each multiprocessor.
+pub const ALIGN_BLOCKS: u32 = 4;
 /// Tokens up to which a tile has 32.
 pub const ROUTE_TILE32_TOKENS: u32 = 4096;
 /// Tiles above which a kernel of its own adds up their counts.
@@ -94,6 +96,7 @@ mod tests {
             ("ROUTE_CLUSTER_WARPS", super::ROUTE_CLUSTER_WARPS),
             ("ROUTE_SMALL_WARPS", super::ROUTE_SMALL_WARPS),
             ("ALIGN_THREADS", super::ALIGN_THREADS),
+            ("ALIGN_BLOCKS", super::ALIGN_BLOCKS),
             ("ROUTE_TILE32_TOKENS", super::ROUTE_TILE32_TOKENS),
             ("ROUTE_SCAN_TILES", super::ROUTE_SCAN_TILES),
             ("ROUTE_COUNT_WARPS", super::ROUTE_COUNT_WARPS),

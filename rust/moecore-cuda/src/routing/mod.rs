@@ -161,7 +161,7 @@ impl<'a> Routing<'a> {
     /// All addresses are valid on the GPU until the launch is over, and fit the shapes.
     pub unsafe fn align(&self, args: &AlignArgs, stream: Stream) -> Result<()> {
         check::align(args)?;
-        let shape = plan::align(args.pairs, args.bins, self.kernels.gpu());
+        let shape = plan::align(args.pairs, args.bins, args.capacity / args.block, self.kernels.gpu());
         // SAFETY: the caller's promise.
         unsafe { self.launch(Kernel::of(Family::Align), &shape, stream, args) }
     }

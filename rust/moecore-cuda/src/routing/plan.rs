@@ -3,11 +3,11 @@
 
 use crate::kernels::{Gpu, Shape};
 use crate::tuning::{
-    ALIGN_THREADS, COMBINE_BLOCKS, COMBINE_IN_FLIGHT, COMBINE_WARPS, GATE_BLOCKS, GATE_SMALL_TOKENS, GATE_WARPS,
-    PERMUTE_BLOCKS, PERMUTE_DEPTH, PERMUTE_FP8_DEPTH, PERMUTE_SMALL_TOKENS, PERMUTE_WARPS, ROUTE_ALONE_TOKENS,
-    ROUTE_CLUSTER, ROUTE_CLUSTER_FEW, ROUTE_CLUSTER_FROM, ROUTE_CLUSTER_WARPS, ROUTE_COUNT_WARPS, ROUTE_PLACE_BYTES,
-    ROUTE_PLACE_LONG_SPLIT, ROUTE_PLACE_SPLIT, ROUTE_PLACE_THREADS, ROUTE_SCAN_TILES, ROUTE_SMALL_TOKENS,
-    ROUTE_SMALL_WARPS, ROUTE_TILE32_TOKENS,
+    ALIGN_BLOCKS, ALIGN_THREADS, COMBINE_BLOCKS, COMBINE_IN_FLIGHT, COMBINE_WARPS, GATE_BLOCKS, GATE_SMALL_TOKENS,
+    GATE_WARPS, PERMUTE_BLOCKS, PERMUTE_DEPTH, PERMUTE_FP8_DEPTH, PERMUTE_SMALL_TOKENS, PERMUTE_WARPS,
+    ROUTE_ALONE_TOKENS, ROUTE_CLUSTER, ROUTE_CLUSTER_FEW, ROUTE_CLUSTER_FROM, ROUTE_CLUSTER_WARPS, ROUTE_COUNT_WARPS,
+    ROUTE_PLACE_BYTES, ROUTE_PLACE_LONG_SPLIT, ROUTE_PLACE_SPLIT, ROUTE_PLACE_THREADS, ROUTE_SCAN_TILES,
+    ROUTE_SMALL_TOKENS, ROUTE_SMALL_WARPS, ROUTE_TILE32_TOKENS,
 };
 
 /// Shared memory of a block that needs no leave of the driver.
@@ -162,10 +162,11 @@ pub(super) fn combine(tokens: u32, k: u32, row_bytes: u32, gpu: Gpu) -> Shape {
     Shape { early: true, ..shape }
 }
 
-/// The cut of so many pairs into blocks.
-pub(super) fn align(pairs: u32, bins: u32, gpu: Gpu) -> Shape {
-    let blocks = pairs.div_ceil(4 * ALIGN_THREADS).clamp(1, gpu.processors);
-    Shape { shared: 4 * (bins + 32), ..Shape::new((blocks, 1), ALIGN_THREADS) }
+/// The cut of so many pairs into blocks of places: a warp for each 32 of those and for each of these.
+pub(super) fn align(pairs: u32, bins: u32, blocks: u32, gpu: Gpu) -> Shape {
+    let warps = pairs.div_ceil(32) + blocks;
+    let grid = warps.div_ceil(ALIGN_THREADS / 32).clamp(1, gpu.processors * ALIGN_BLOCKS);
+    Shape { shared: 4 * (2 * bins + bins / 32 + 1 + 32), ..early((grid, 1), ALIGN_THREADS) }
 }
 
 /// A warp for each of so many pieces of each token.

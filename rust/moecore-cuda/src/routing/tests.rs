@@ -5,8 +5,8 @@ use moecore::Result;
 use super::*;
 use crate::kernels::Gpu;
 use crate::tuning::{
-    GATE_SMALL_TOKENS, GATE_WARPS, PERMUTE_SMALL_TOKENS, ROUTE_ALONE_TOKENS, ROUTE_CLUSTER, ROUTE_CLUSTER_FROM,
-    ROUTE_SCAN_TILES, ROUTE_SMALL_TOKENS, ROUTE_SMALL_WARPS, ROUTE_TILE32_TOKENS,
+    ALIGN_BLOCKS, ALIGN_THREADS, GATE_SMALL_TOKENS, GATE_WARPS, PERMUTE_SMALL_TOKENS, ROUTE_ALONE_TOKENS,
+    ROUTE_CLUSTER, ROUTE_CLUSTER_FROM, ROUTE_SCAN_TILES, ROUTE_SMALL_TOKENS, ROUTE_SMALL_WARPS, ROUTE_TILE32_TOKENS,
 };
 
 const H100: Gpu = Gpu { processors: 132, linked: true };
@@ -133,6 +133,24 @@ fn sums_of_few_rows_take_several_steps() {
     assert_eq!(blocks(2), 4096 * 14 / 4);
     assert_eq!(blocks(3), 4096 * 28 / 4);
     assert_eq!(blocks(8), 4096 * 28 / 4);
+}
+
+#[test]
+fn a_cut_has_a_warp_for_each_block_of_places() {
+    let blocks = |pairs, of_places| plan::align(pairs, 256, of_places, H100).grid.0;
+    assert_eq!(
+        plan::align(8, 256, 8, H100),
+        Shape { shared: 4 * (256 + 8 + 1 + 256 + 32), ..early((2, 1), ALIGN_THREADS) }
+    );
+    assert_eq!(blocks(0, 0), 1);
+    let warps = ALIGN_THREADS / 32;
+    assert_eq!(blocks(32, warps - 1), 1);
+    assert_eq!((blocks(33, warps - 1), blocks(32, warps)), (2, 2));
+    assert_eq!(blocks(4096 * 8, 764), (1024 + 764_u32).div_ceil(warps));
+    let most = 132 * ALIGN_BLOCKS;
+    assert_eq!((blocks(0, most * warps), blocks(0, most * warps + 1)), (most, most));
+    assert_eq!(blocks(i32::MAX.unsigned_abs(), i32::MAX.unsigned_abs()), most);
+    assert!(plan::align(8, MAX_EXPERTS, 8, H100).shared <= 48 << 10);
 }
 
 /// The kernels have code of their own for the numbers of choices that the plan knows of.
