@@ -161,19 +161,19 @@ template <u32 N, bool NEXT> static __device__ __forceinline__ i32 take_words(u32
     return mine;
 }
 
-// What an expert ranks by, from memory.
+// The key of what an expert ranks by, from memory.
 template <class T, bool SCORES>
-static __device__ __forceinline__ float ranked_value(const GateArgs &a, const Row &row, u32 expert) {
+static __device__ __forceinline__ u32 ranked_key(const GateArgs &a, const Row &row, u32 expert) {
     float value = T::get(row.at, expert);
     if (SCORES) {
         value = a.scoring == SCORE_SIGMOID ? sigmoid(value) : sqrt_softplus(value);
         value = a.bias ? __fadd_rn(value, a.bias[expert]) : value;
     }
-    return value;
+    return order_key(value);
 }
 
 // Choices are the right ones, but those whose words begin alike stand by expert: by value, now. Lane j < k has choice j.
-static __device__ __forceinline__ u32 in_order(u32 k, u32 id, float value) {
+static __device__ __forceinline__ u32 in_order(u32 k, u32 id, u32 key) {
     const u32 lane = threadIdx.x % LANES;
     bool moved = true;
     while (__any_sync(FULL_WARP, moved)) {
@@ -181,12 +181,12 @@ static __device__ __forceinline__ u32 in_order(u32 k, u32 id, float value) {
 #pragma unroll 1
         for (u32 odd = 0; odd < 2; ++odd) {
             const u32 partner = ((lane + odd) ^ 1) - odd;
-            const float other = __shfl_sync(FULL_WARP, value, partner);
+            const u32 other = __shfl_sync(FULL_WARP, key, partner);
             const u32 other_id = __shfl_sync(FULL_WARP, id, partner);
-            const bool better = other > value || (other == value && other_id < id);
+            const bool better = other > key || (other == key && other_id < id);
             if (lane < k && partner < k && better == (lane < partner)) {
                 moved = true;
-                value = other;
+                key = other;
                 id = other_id;
             }
         }
@@ -309,7 +309,7 @@ static __device__ __forceinline__ bool choose_among_alike(const GateArgs &a, con
     id = Mine::low_bits - ((u32)mine & Mine::low_bits);
     if (__any_sync(FULL_WARP, lane < count && id >= a.experts))  // as good as nothing: rows of -inf
         return false;
-    id = in_order(count, id, ranked_value<T, SCORES>(a, row, min(id, a.experts - 1)));
+    id = in_order(count, id, ranked_key<T, SCORES>(a, row, min(id, a.experts - 1)));
     return true;
 }
 
@@ -365,7 +365,7 @@ static __device__ __forceinline__ void gate_fast_row(const GateArgs &a, u32 toke
         bool chosen = false;
         if constexpr (!Mine::exact) {
             if (!any_unsure && !__any_sync(FULL_WARP, tied && lane == a.k - 1)) {
-                id = in_order(a.k, id, ranked_value<T, SCORES>(a, row, min(id, a.experts - 1)));
+                id = in_order(a.k, id, ranked_key<T, SCORES>(a, row, min(id, a.experts - 1)));
                 chosen = true;
             } else if (!any_unsure) {
                 chosen = choose_among_alike<T, N, SCORES>(a, row, token, mine, id);
@@ -383,7 +383,8 @@ static __device__ __forceinline__ void gate_fast_row(const GateArgs &a, u32 toke
 
     const bool softmax = !SCORES && a.scoring == SCORE_SOFTMAX;
     const bool renormalizes = a.flags & GATE_RENORMALIZE;
-    if (!SCORES && (softmax ? renormalizes && a.eps == 0.0f : a.scoring == SCORE_SOFTMAX_TOPK)) {
+    const bool by_choices = softmax ? renormalizes : a.scoring == SCORE_SOFTMAX_TOPK;
+    if (!SCORES && by_choices && (!renormalizes || a.eps == 0.0f)) {
         weight = weigh_choices(a, logit, chooses);
         if (softmax && any_unsure)  // the softmax over all experts is what it stands for
             weight = __fmul_rn(weight, all_numbers<T, N>(a, row));

@@ -186,14 +186,18 @@ static __device__ __forceinline__ u32 signs_of_pair(u32 pair) {
 #endif
 }
 
-// 1 / x for x >= 1 to the last bit or the one before it, and 0 where that would be below 2^-126.
+// 1 / x for x >= 1, to the last bit or the one before it. Where that is below 2^-126 it is made of a smaller x: the
+// approximation knows no smaller results.
 static __device__ __forceinline__ float reciprocal(float x) {
 #ifdef MOECORE_EMULATED
-    return x > 0x1p126f ? 0.0f : 1.0f / x;
+    return 1.0f / x;
 #else
+    const float unit = x > 0x1p126f ? 0x1p-32f : 1.0f;
+    const float y = __fmul_rn(x, unit);
     float about;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(about) : "f"(x));
-    return x > 0x1p126f ? 0.0f : __fmaf_rn(about, __fmaf_rn(-x, about, 1.0f), about);
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(about) : "f"(y));
+    const float better = __fmaf_rn(about, __fmaf_rn(-y, about, 1.0f), about);
+    return x > 0x1.fffffep127f ? 0.0f : __fmul_rn(better, unit);
 #endif
 }
 

@@ -8,6 +8,7 @@ import torch
 from emulated import SCHEDULES, GateArgs, library
 from gating import IDS_I64, Gate, check_ids, check_weights, format_of, hard_rows, kernel, rule
 from guarded import DTYPES, Launch, Memory
+from moecore.ops import reference
 
 EXPERTS = (1, 2, 8, 16, 60, 64, 72, 96, 128, 160, 256, 384, 512, 896, 1024)
 
@@ -71,6 +72,86 @@ def test_plain(experts: int, format_: str) -> None:
             weights, ids = run_gate(gate, logits, schedules=SCHEDULES if second else (3,), gap=turn % 2 * 3)
             check_ids(gate, logits, None, ids)
             check_weights(gate, logits, ids, weights)
+
+
+def alike(values: torch.Tensor, k: int, run: int, shift: int) -> torch.Tensor:
+    """Rows of which `run` values around the k-th best differ in their last bits alone.
+
+    The best of them has the highest expert: words that give up their last bits have them the other way around.
+    """
+    for row in values:
+        order = row.argsort(descending=True)
+        first = max(0, min(k - run // 2 - shift, len(row) - run))
+        among = order[first : first + run].sort().values
+        bits = (row[order[first]].view(torch.int32) & ~0x1FF) | 0x80
+        up = 1 if row[order[first]] > 0 else -1
+        row[among] = (bits + up * torch.arange(len(among), dtype=torch.int32)).view(torch.float32)
+    return values
+
+
+@pytest.mark.parametrize("experts", [8, 60, 128, 256, 384, 512])
+def test_logits_that_begin_alike(experts: int) -> None:
+    """Around the last choice: some of those that begin as it does are in, some are out."""
+    generator = torch.Generator().manual_seed(experts)
+    for k in [k for k in (1, 3, 8, 10, 31) if k < experts]:
+        for run in (2, 3, min(experts, 20)):
+            logits = alike(torch.randn(6, experts, generator=generator), k, run, run % 2)
+            weights, ids = run_gate(Gate(k, renormalize=True), logits, schedules=(3,))
+            assert torch.equal(ids.long(), reference.best(logits)[:, :k])
+            check_weights(Gate(k, renormalize=True), logits, ids, weights)
+
+
+@pytest.mark.parametrize(("format_", "owned"), [("f32", 4), ("bf16", 8)])
+def test_more_choices_than_a_list_holds(format_: str, owned: int) -> None:
+    """Of 512 experts a lane owns 16 and keeps 8: here it has the best 12. `owned`: neighbours that it loads at once."""
+    row = torch.linspace(-2, 0, 512)
+    mine = torch.cat([first + torch.arange(owned) for first in range(3 * owned, 512, 32 * owned)])[:12]
+    row[mine] = torch.arange(1.0, 13.0)
+    logits = row[None].to(DTYPES[format_])
+    for k in (8, 9, 10, 16):
+        _, ids = run_gate(Gate(k), logits, schedules=(3,))
+        assert torch.equal(ids.long(), reference.best(logits.float())[:, :k])
+
+
+def test_groups_whose_score_is_no_number() -> None:
+    """Two best that are +inf and -inf: such a group comes last."""
+    bias = torch.zeros(64)
+    bias[:16] = -torch.inf
+    bias[3] = torch.inf
+    gate = Gate(8, "sigmoid", groups=4, top_groups=2, group_score="top2")
+    logits = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+    _, ids = run_gate(gate, logits, bias, schedules=(3,))
+    assert torch.equal(ids.long(), gate.reference(logits, bias)[1].long())
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk"])
+@pytest.mark.parametrize("short", [False, True])
+def test_epsilon_counts(short: bool, scoring: str) -> None:
+    gate = Gate(2, scoring, renormalize=True, eps=0.5)
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0] * 2, [-88.0, -87.5, -90.0, -95.0] * 2])
+    weights, ids = run_gate(gate, logits, short=short, schedules=(3,))
+    want, chosen = gate.reference(logits, None)
+    assert torch.equal(ids.long(), chosen.long())
+    torch.testing.assert_close(weights, want, rtol=1e-5, atol=1e-38)
+
+
+def test_the_smallest_sigmoids() -> None:
+    """Below 2^-126: they still weigh against each other."""
+    logits = torch.tensor([[-95.0, -87.6, -87.9, -96.0]])
+    weights, ids = run_gate(Gate(2, "sigmoid", renormalize=True), logits, schedules=(3,))
+    assert ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights, torch.tensor([[0.5744, 0.4256]]), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("experts", [8, 60, 128, 256, 384, 512])
+def test_scores_that_begin_alike(experts: int) -> None:
+    """The same by scores: they are all 0.5, and a bias makes of them numbers from 0.5 to 1, without rounding."""
+    generator = torch.Generator().manual_seed(experts)
+    for k in [k for k in (1, 3, 8, 10, 31) if k < experts]:
+        for run in (2, 3, min(experts, 20)):
+            values = alike(torch.rand(1, experts, generator=generator) * 0.49 + 0.5, k, run, run % 2)
+            _, ids = run_gate(Gate(k, "sigmoid"), torch.zeros(1, experts), values[0] - 0.5, schedules=(3,))
+            assert torch.equal(ids.long(), reference.best(values)[:, :k])
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "sqrtsoftplus", "softmax_topk"])

@@ -127,6 +127,12 @@ pub(super) fn align(args: &AlignArgs) -> Result<()> {
     if u64::from(args.capacity) + u64::from(args.block) <= u64::from(args.pairs) + u64::from(most) {
         return Err(wrong(op, &format!("capacity is {}, too little for any order of the pairs", args.capacity)));
     }
+    if !args.capacity.is_multiple_of(args.block) {
+        return Err(wrong(
+            op,
+            &format!("capacity is {}, which is no number of blocks of {}", args.capacity, args.block),
+        ));
+    }
     for (name, address) in [("ends", args.ends), ("order", args.order), ("owner", args.owner), ("places", args.places)]
     {
         present(op, name, address)?;
