@@ -12,22 +12,15 @@ template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void gate(
     gate_tokens<T, N, RULE>(a, blockIdx.x * warps + warp_number(), gridDim.x * warps);
 }
 
-#define GATE_KERNEL(name, T, N, RULE, RESIDENT)                                                                        \
-    extern "C" __global__ void __launch_bounds__(GATE_WARPS *LANES, RESIDENT) moecore_gate_##name(const GateArgs a) {  \
+#define GATE_BLOCKS_OF(N, RULE)                                                                                        \
+    ((N) > 8 ? GATE_WIDE_RESIDENT : (RULE) == GATE_BY_LOGITS ? GATE_LOGITS_RESIDENT : GATE_RESIDENT)
+
+#define GATE_KERNEL(name, T, N, RULE)                                                                                  \
+    extern "C" __global__ void __launch_bounds__(GATE_WARPS *LANES, GATE_BLOCKS_OF(N, RULE))                           \
+        moecore_gate_##name(const GateArgs a) {                                                                        \
         gate<T, N, RULE>(a);                                                                                           \
     }
 
-#define GATE_KERNELS(suffix, T)                                                                                        \
-    GATE_KERNEL(suffix, T, 8, 0, GATE_RESIDENT)                                                                        \
-    GATE_KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS, GATE_LOGITS_RESIDENT)                                      \
-    GATE_KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS, GATE_LOGITS_RESIDENT)                                      \
-    GATE_KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS, GATE_LOGITS_RESIDENT)                                      \
-    GATE_KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS, GATE_WIDE_RESIDENT)                                      \
-    GATE_KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES, GATE_RESIDENT)                                             \
-    GATE_KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES, GATE_RESIDENT)                                             \
-    GATE_KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES, GATE_RESIDENT)                                             \
-    GATE_KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES, GATE_WIDE_RESIDENT)
-
-GATE_KERNELS(f32, F32)
-GATE_KERNELS(bf16, Bf16)
-GATE_KERNELS(f16, F16)
+GATE_WAYS(GATE_KERNEL, f32, F32)
+GATE_WAYS(GATE_KERNEL, bf16, Bf16)
+GATE_WAYS(GATE_KERNEL, f16, F16)

@@ -71,3 +71,15 @@ static __device__ __forceinline__ void gate_tokens(const GateArgs &a, u32 first,
         }
     }
 }
+
+// The kernels of one format: one for whatever is asked for, and one for each width of the short ways.
+#define GATE_WAYS(KERNEL, suffix, T)                                                                                   \
+    KERNEL(suffix, T, 8, 0)                                                                                            \
+    KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS)                                                                 \
+    KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS)                                                                 \
+    KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS)                                                                 \
+    KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS)                                                               \
+    KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES)                                                                 \
+    KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES)                                                                 \
+    KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES)                                                                 \
+    KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES)

@@ -95,21 +95,11 @@ template <class T, u32 N, u32 RULE> static __device__ __forceinline__ void route
 }
 
 #define SMALL_KERNEL(name, T, N, RULE)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(ROUTE_SMALL_WARPS *LANES, 1) moecore_route_small_##name(const RouteArgs a) {\
+    extern "C" __global__ void __launch_bounds__(ROUTE_SMALL_WARPS *LANES, 1)                                          \
+        moecore_route_small_##name(const RouteArgs a) {                                                                \
         route_small<T, N, RULE>(a);                                                                                    \
     }
 
-#define SMALL_KERNELS(suffix, T)                                                                                       \
-    SMALL_KERNEL(suffix, T, 8, 0)                                                                                      \
-    SMALL_KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS)                                                           \
-    SMALL_KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS)                                                           \
-    SMALL_KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS)                                                           \
-    SMALL_KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS)                                                         \
-    SMALL_KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES)                                                           \
-    SMALL_KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES)                                                           \
-    SMALL_KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES)                                                           \
-    SMALL_KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES)
-
-SMALL_KERNELS(f32, F32)
-SMALL_KERNELS(bf16, Bf16)
-SMALL_KERNELS(f16, F16)
+GATE_WAYS(SMALL_KERNEL, f32, F32)
+GATE_WAYS(SMALL_KERNEL, bf16, Bf16)
+GATE_WAYS(SMALL_KERNEL, f16, F16)

@@ -177,24 +177,14 @@ template <class Quant> static __device__ __forceinline__ void route_place(const 
 }
 
 #define COUNT_KERNEL(name, T, N, RULE)                                                                                 \
-    extern "C" __global__ void __launch_bounds__(ROUTE_COUNT_WARPS *LANES, 2) moecore_route_count_##name(const RouteArgs a) {\
+    extern "C" __global__ void __launch_bounds__(ROUTE_COUNT_WARPS *LANES, 2)                                          \
+        moecore_route_count_##name(const RouteArgs a) {                                                                \
         route_count<T, N, RULE>(a);                                                                                    \
     }
 
-#define COUNT_KERNELS(suffix, T)                                                                                       \
-    COUNT_KERNEL(suffix, T, 8, 0)                                                                                      \
-    COUNT_KERNEL(logits_##suffix##_w2, T, 2, GATE_BY_LOGITS)                                                           \
-    COUNT_KERNEL(logits_##suffix##_w4, T, 4, GATE_BY_LOGITS)                                                           \
-    COUNT_KERNEL(logits_##suffix##_w8, T, 8, GATE_BY_LOGITS)                                                           \
-    COUNT_KERNEL(logits_##suffix##_w16, T, 16, GATE_BY_LOGITS)                                                         \
-    COUNT_KERNEL(scores_##suffix##_w2, T, 2, GATE_BY_SCORES)                                                           \
-    COUNT_KERNEL(scores_##suffix##_w4, T, 4, GATE_BY_SCORES)                                                           \
-    COUNT_KERNEL(scores_##suffix##_w8, T, 8, GATE_BY_SCORES)                                                           \
-    COUNT_KERNEL(scores_##suffix##_w16, T, 16, GATE_BY_SCORES)
-
-COUNT_KERNELS(f32, F32)
-COUNT_KERNELS(bf16, Bf16)
-COUNT_KERNELS(f16, F16)
+GATE_WAYS(COUNT_KERNEL, f32, F32)
+GATE_WAYS(COUNT_KERNEL, bf16, Bf16)
+GATE_WAYS(COUNT_KERNEL, f16, F16)
 
 extern "C" __global__ void __launch_bounds__(1024) moecore_route_scan(const RouteArgs a) { route_scan(a); }
 
