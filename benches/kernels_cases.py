@@ -270,7 +270,8 @@ class Combine(Case):
         units = max(1, flight // (s.k + 2)) if s.k in (1, 2, 4, 6, 8, 10, 16) else 1
         items = s.tokens * ceil(s.hidden * 2, 512 * units)
         blocks = max(1, min(ceil(items, n["COMBINE_WARPS"]), SMS * n["COMBINE_BLOCKS"]))
-        return [("combine.cu", Launch("moecore_combine_bf16", (blocks, 1), 32 * n["COMBINE_WARPS"]), args)]
+        launch = Launch("moecore_combine_bf16", (blocks, 1), 32 * n["COMBINE_WARPS"], 0, 0, bool(n.get("EARLY", 1)))
+        return [("combine.cu", launch, args)]
 
     def right(self) -> bool:
         s = self.shape

@@ -182,9 +182,10 @@ HOW = [
     "behind a router's product. GB/s are the fewest bytes that the job can move over our time. Every side allocates",
     "its results, as its users do, and is checked once before it is timed. Routing is uniform.",
     "",
-    "moecore's kernels begin early (programmatic dependent launch): in a row of the same calls, part of a launch hides",
-    "behind the call before it, about 0.5 us. The peers' do not. Behind a kernel that says nothing about its end, as",
-    "torch's are, less can hide: `router` has the gate behind its product.",
+    "moecore's kernels but `permute` and the products begin early (programmatic dependent launch): in a row of the",
+    "same calls, part of a launch hides behind the call before it, about 0.5 us. The peers are called as their",
+    "packages have them. Behind a kernel that says nothing about its end, as torch's are, less can hide: `router` has",
+    "the gate behind its product.",
 ]
 
 NOTES = {

@@ -1,5 +1,5 @@
 // route in one launch, for few tokens: gate and index by one block, or by one cluster of blocks, of which the first
-// makes the index from what all of them put into its shared memory. A kernel for each format and width, as in gate.cu.
+// makes the index from what all of them put into its shared memory. Kernels as in gate.cu.
 #include "index.cuh"
 
 // The index of one token, whose choices are in the first k lanes of a warp: they sort themselves, 32 bins at a time.

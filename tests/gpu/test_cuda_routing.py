@@ -77,6 +77,14 @@ def test_gate_of_ties_and_special_numbers(experts: int) -> None:
             exact.check(weights, ids, exact=True)
 
 
+def test_the_smallest_sigmoids_weigh_against_each_other() -> None:
+    """Below 2^-126, where the reciprocal's approximation ends."""
+    logits = torch.tensor([[-95.0, -87.6, -87.9, -96.0]], device=DEVICE)
+    weights, ids = ops.gate(logits, 2, scoring="sigmoid", renormalize=True)
+    assert ids.tolist() == [[1, 2]]
+    torch.testing.assert_close(weights.cpu(), torch.tensor([[0.5744, 0.4256]]), rtol=1e-3, atol=0)
+
+
 def test_gate_of_neighbours_in_float32() -> None:
     """Words of a sort that give up low bits would fail here."""
     logits = 1 + torch.stack([torch.randperm(256) for _ in range(512)]).to(DEVICE) * ULP
