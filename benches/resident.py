@@ -7,13 +7,16 @@
 
 The same model runs as transformers has it and after `moecore.fuse`: experts and routers. Weights are random (57 GiB,
 made on the device), so the routers choose nearly uniformly; how many experts a step asks for is counted and written
-down. Results are written after each row.
+down. Eagerly the host is the limit, whose speed changes from second to second: there all sides run in turns, a few
+tokens each. Results are written after each row.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
+import itertools
 import json
 import statistics
 import sys
@@ -25,20 +28,22 @@ from typing import TYPE_CHECKING, Any
 
 import moecore
 import torch
-from kernels_report import asked, at_commit, meta, table
+from kernels_report import asked, meta
 from offload_model import REAL, TINY, build, use_experts
-from offload_run import COMPILE_GRAPH, EAGER, GRAPH, Decode, Lane, Mode, Timeline, synchronize, warm
+from offload_run import COMPILE_GRAPH, EAGER, GRAPH, Decode, Lane, Mode, Timeline, Timing, synchronize, warm
+from resident_report import LONG, NAMES, OURS, STOCK, text
 from transformers import DynamicCache
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
-OURS = "moecore"
-STOCK = ("grouped_mm", "batched_mm")
-#: Groups of rows that `--only` names, by importance, and those of `--quick`. "whole": compiled with all layers.
-PARTS = ("decode", "prefill", "compiled", "batches", "whole")
+#: Groups of rows that `--only` names, by importance, and those of `--quick`. "whole": compiled with all layers; "host":
+#: what the host does for a token.
+PARTS = ("decode", "prefill", "compiled", "batches", "whole", "host")
 QUICK = {"decode", "prefill"}
-PROMPT, LONG = 128, 4096
+PROMPT = 128
+#: Tokens of a turn where all sides run in turns.
+TURN = 4
 SPARE = 12 << 30
 
 
@@ -68,11 +73,14 @@ class Bench:
         self.layers = self.fitting()
         self.data: dict[str, Any] = {
             "meta": meta(), "command": asked(), "model": self.shape.name, "layers": self.layers,
-            "of": self.shape.layers, "decode": [], "prefill": [], "asked": {}, "skipped": [],
+            "of": self.shape.layers, "decode": [], "prefill": [], "host": [], "asked": {}, "skipped": [],
         }  # fmt: skip
-        self.model, _ = build(self.shape, self.layers, self.device, experts=True)
+        model, _ = build(self.shape, self.layers, self.device, experts=True)
+        self.models = {name: twin(model) for name in NAMES}
+        self.data["fused"] = str(moecore.fuse(self.models[OURS]).moecore_fused)
+        for name, one in self.models.items():
+            use_experts(one, name)
         self.replay: Any = NoReplay(self.device)
-        self.fused = False
         if self.device.type == "cuda":
             self.data["weights_gib"] = torch.cuda.memory_allocated() / 2**30
         self.say(f"{self.layers} layers, {self.data.get('weights_gib', 0):.1f} GiB")
@@ -113,32 +121,20 @@ class Bench:
 
     # --------------------------------------------------------------------------------------------------- the subjects
 
-    def become(self, name: str) -> None:
-        """Has the model run by `name`."""
-        if (name == OURS) != self.fused:
-            if self.fused:
-                moecore.unfuse(self.model)
-            else:
-                moecore.fuse(self.model)
-                self.data["fused"] = str(self.model.moecore_fused)
-            self.fused = not self.fused
-        use_experts(self.model, name)
-
     def lane(self, name: str, batch: int, prompt: int, tokens: int) -> Lane:
-        self.become(name)
         # transformers' batched_mm copies every pair's weights, so a prompt is grouped_mm's there.
         before = "grouped_mm" if name == "batched_mm" else name
-        return Lane(self.model, self.replay, batch, prompt, prompt + tokens + 8, (before, name))
+        return Lane(self.models[name], self.replay, batch, prompt, prompt + tokens + 8, (before, name))
 
     @contextlib.contextmanager
-    def shortened(self, layers: int) -> Iterator[None]:
-        """The model with its first layers alone."""
-        before = self.model.config.num_hidden_layers
-        self.model.config.num_hidden_layers = layers
+    def shortened(self, name: str, layers: int) -> Iterator[None]:
+        """A model with its first layers alone."""
+        config = self.models[name].config
+        before, config.num_hidden_layers = config.num_hidden_layers, layers
         try:
             yield
         finally:
-            self.model.config.num_hidden_layers = before
+            config.num_hidden_layers = before
 
     def expected(self, layers: int) -> float:
         """Seconds that compiling takes, as far as one knows by now."""
@@ -150,7 +146,7 @@ class Bench:
         start, known = time.perf_counter(), self.expected(layers) / self.compiling
         for whole in (True, False):
             torch._dynamo.reset()
-            lane.compiled = torch.compile(self.model.__call__, dynamic=False, fullgraph=whole)
+            lane.compiled = torch.compile(lane.model.__call__, dynamic=False, fullgraph=whole)
             try:
                 first()
             except torch._dynamo.exc.TorchDynamoException as error:
@@ -173,14 +169,14 @@ class Bench:
     # ---------------------------------------------------------------------------------------------- what is measured
 
     def decode(self, name: str, batch: int, mode: Mode, layers: int | None = None) -> None:
-        """Tokens after a prompt, one row."""
+        """Tokens after a prompt in one graph, one row."""
         layers = layers or self.layers
         label = f"decode, batch {batch}, {mode.name}, {name}, {layers} layers"
         cost = (self.expected(layers) if mode.compiled else 0) + 4
-        if not self.room(label, cost + (0.0015 if mode.captured else 0.006) * layers * self.tokens):
+        if not self.room(label, cost + 0.0015 * layers * self.tokens):
             return
-        record: dict[str, Any] = {"batch": batch, "mode": mode.name, "name": name, "layers": layers}
-        with self.measured("decode", label, record), self.shortened(layers):
+        record = self.row(name, mode, layers, batch=batch)
+        with self.measured("decode", label, record), self.shortened(name, layers):
             lane = self.lane(name, batch, self.prompt, self.tokens)
             if mode.compiled:
                 self.compile(lane, record, layers, partial(warm, lane, mode))
@@ -193,34 +189,81 @@ class Bench:
             del decode, lane
 
     def prefill(self, name: str, mode: Mode, layers: int | None = None) -> None:
-        """A prompt of 4096 tokens: milliseconds until the first token is known; in a graph, of the GPU alone."""
+        """A prompt of 4096 tokens in one graph: milliseconds of the GPU alone."""
         layers = layers or self.layers
         label = f"prefill, {mode.name}, {name}, {layers} layers"
         if not self.room(label, 6 + (self.expected(layers) if mode.compiled else 0)):
             return
-        record: dict[str, Any] = {"name": name, "mode": mode.name, "tokens": self.long, "layers": layers}
-        with self.measured("prefill", label, record), self.shortened(layers):
+        record = self.row(name, mode, layers, tokens=self.long)
+        with self.measured("prefill", label, record), self.shortened(name, layers):
             lane = self.lane(name, 1, self.long, 1)
-            if mode.captured:
-                times = self.graphed(lane, mode, record, layers)
-            else:
-                times = [lane.prefill(mode)[1] for _ in range(5)][1:]
-            record["ms"] = statistics.median(times)
+            record["ms"] = statistics.median(self.graphed(lane, mode, record, layers))
             record["tokens_per_s"] = self.long * 1e3 / record["ms"]
             del lane
 
+    def decode_in_turns(self, batch: int) -> None:
+        """Tokens after a prompt, neither compiled nor captured: a row for each side."""
+        label = f"decode, batch {batch}, {EAGER.name}, in turns"
+        if not self.room(label, len(NAMES) * (4 + 0.003 * self.layers * self.tokens)):
+            return
+        rows = {name: self.row(name, EAGER, batch=batch) for name in NAMES}
+        with self.measured("decode", label, *rows.values()):
+            lanes = {name: self.lane(name, batch, self.prompt, self.tokens + TURN) for name in NAMES}
+            for name, lane in lanes.items():
+                rows[name]["warm_s"] = warm(lane, EAGER)
+            sides = [partial(Decode(lane, EAGER).run, TURN) for lane in lanes.values()]
+            for row, timing in zip(rows.values(), in_turns(sides, self.tokens // TURN), strict=True):
+                row |= timing.summary()
+                row["tokens_per_s"] = batch * 1e3 / row["mean"]
+            del lanes, sides
+
+    def host(self) -> None:
+        """What the host does for a token, nothing compiled nor captured. Last: what a profiler leaves behind costs."""
+        label = "the host's part"
+        if not self.room(label, 20):
+            return
+        rows = {name: self.row(name, EAGER) for name in NAMES}
+        with self.measured("host", label, *rows.values()):
+            decodes = {name: Decode(self.lane(name, 1, self.prompt, self.tokens), EAGER) for name in NAMES}
+            sides = [partial(issued, decode) for decode in decodes.values()]
+            for row, timing in zip(rows.values(), in_turns(sides, self.tokens // TURN), strict=True):
+                row["ms"] = statistics.median(timing.tokens)
+            for name, decode in decodes.items():
+                rows[name] |= decode.waits(2)
+            del decodes, sides
+
+    def prefill_in_turns(self) -> None:
+        """A prompt of 4096 tokens, neither compiled nor captured: milliseconds until the first token is known."""
+        label, names = f"prefill, {EAGER.name}, in turns", (OURS, STOCK[0])
+        if not self.room(label, 12):
+            return
+        rows = {name: self.row(name, EAGER, tokens=self.long) for name in names}
+        with self.measured("prefill", label, *rows.values()):
+            lanes = [self.lane(name, 1, self.long, 1) for name in names]
+            sides = [partial(prompted, lane) for lane in lanes]
+            for row, timing in zip(rows.values(), in_turns(sides, 5), strict=True):
+                row["ms"] = statistics.median(timing.tokens)
+                row["tokens_per_s"] = self.long * 1e3 / row["ms"]
+            del lanes, sides
+
+    def row(self, name: str, mode: Mode, layers: int | None = None, **more: Any) -> dict[str, Any]:
+        """What a row says of itself."""
+        return {"name": name, "mode": mode.name, "layers": layers or self.layers, **more}
+
     @contextlib.contextmanager
-    def measured(self, table: str, label: str, record: dict[str, Any]) -> Iterator[None]:
-        """Puts a row's figures or its error into a table, and cleans up behind it."""
+    def measured(self, table: str, label: str, *records: dict[str, Any]) -> Iterator[None]:
+        """Puts rows' figures or their error into a table, and cleans up behind them."""
         try:
             yield
         except Exception as error:
             traceback.print_exc()
-            record["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+            for record in records:
+                record["error"] = told
         finally:
             self.free()
-        self.data[table].append(record)
-        self.say(f"{label}: {record.get('mean') or record.get('ms') or record.get('error')!s:.80}")
+        self.data[table] += records
+        self.say(f"{label}: " + ", ".join(f"{r.get('mean') or r.get('ms') or r.get('error')!s:.80}" for r in records))
         self.save()
 
     def graphed(self, lane: Lane, mode: Mode, record: dict[str, Any], layers: int) -> list[float]:
@@ -228,7 +271,7 @@ class Bench:
         positions = torch.arange(self.long, device=self.device).unsqueeze(0)
 
         def run() -> None:
-            lane._forward(lane.compiled if mode.compiled else self.model, lane.prompt, positions, lane.static)
+            lane._forward(lane.compiled if mode.compiled else lane.model, lane.prompt, positions, lane.static)
 
         def again() -> None:
             lane.static.reset()  # it counts its tokens on the device
@@ -249,9 +292,10 @@ class Bench:
     def head(self) -> None:
         """What a step of one sequence takes besides its layers: norm, product with the vocabulary, best token."""
         hidden = torch.randn(1, 1, self.shape.hidden, device=self.device, dtype=torch.bfloat16)
+        model = self.models[STOCK[0]]
 
         def run() -> None:
-            self.model.lm_head(self.model.model.norm(hidden)).argmax(-1)
+            model.lm_head(model.model.norm(hidden)).argmax(-1)
 
         run()
         graph = captured(run, self.device)
@@ -266,7 +310,7 @@ class Bench:
 
         lane = self.lane("grouped_mm", batch, self.prompt, 4)
         cache, _ = lane.prefill(EAGER)
-        hooks = [layer.mlp.gate.register_forward_hook(count) for layer in self.model.model.layers]
+        hooks = [layer.mlp.gate.register_forward_hook(count) for layer in lane.model.model.layers]
         try:
             lane.step(EAGER, cache)
         finally:
@@ -278,9 +322,8 @@ class Bench:
         """Logits of a prompt, moecore's against grouped_mm's: how far apart, and how often the best token differs."""
         found = {}
         for name in ("grouped_mm", OURS):
-            self.become(name)
-            ids = torch.arange(2, 2 + self.prompt, device=self.device).unsqueeze(0)
-            found[name] = self.model(input_ids=ids, past_key_values=DynamicCache(config=self.model.config)).logits[0]
+            ids, model = torch.arange(2, 2 + self.prompt, device=self.device).unsqueeze(0), self.models[name]
+            found[name] = model(input_ids=ids, past_key_values=DynamicCache(config=model.config)).logits[0]
         a, b = (found[name].double() for name in (OURS, "grouped_mm"))
         self.data["distance"] = ((a - b).norm() / b.norm()).item()
         self.data["same_token"] = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
@@ -302,7 +345,7 @@ class Bench:
         self.stage("head", self.head)
         parts: dict[str, Callable[[], None]] = {
             "decode": self.one, "prefill": self.prompts, "compiled": self.compiled, "batches": self.batches,
-            "whole": self.whole,
+            "whole": self.whole, "host": self.host,
         }  # fmt: skip
         for name in PARTS:
             if name in self.wanted:
@@ -310,24 +353,22 @@ class Bench:
 
     def one(self) -> None:
         """Batch 1, nothing compiled."""
-        names = (OURS, *STOCK)
-        for name in names:
+        for name in NAMES:
             self.decode(name, 1, GRAPH)
-        for name in (*names, *names):  # twice in turns: the host is the limit, and noisy
-            self.decode(name, 1, EAGER)
+        self.decode_in_turns(1)
 
     def prompts(self) -> None:
-        for mode in (EAGER, GRAPH):
-            for name in (OURS, STOCK[0]):
-                self.prefill(name, mode)
+        self.prefill_in_turns()
+        for name in (OURS, STOCK[0]):
+            self.prefill(name, GRAPH)
 
     def compiled(self) -> None:
         """Few layers, as compiling takes seconds for each: decode and prefill, and the same layers not compiled."""
         few = min(self.args.compile_layers, self.layers)
         if few < self.layers or "decode" not in self.wanted:
-            for name in (OURS, *STOCK):
+            for name in NAMES:
                 self.decode(name, 1, GRAPH, few)
-        for name in (OURS, *STOCK):
+        for name in NAMES:
             self.decode(name, 1, COMPILE_GRAPH, few)
         for name in (OURS, STOCK[0]):
             if few < self.layers or "prefill" not in self.wanted:
@@ -337,15 +378,45 @@ class Bench:
     def batches(self) -> None:
         for batch in (4, 16):
             self.stage("asked", self.asked, batch)
-            for mode in (GRAPH, EAGER):
-                for name in (OURS, *STOCK):
-                    self.decode(name, batch, mode)
+            for name in NAMES:
+                self.decode(name, batch, GRAPH)
+            self.decode_in_turns(batch)
 
     def whole(self) -> None:
         """Compiled with all layers."""
         if "compiled" not in self.wanted or self.args.compile_layers < self.layers:
-            for name in (OURS, *STOCK):
+            for name in NAMES:
                 self.decode(name, 1, COMPILE_GRAPH)
+
+
+def twin(model: Any) -> Any:
+    """The same model once more, over the same weights."""
+    return copy.deepcopy(model, {id(one): one for one in itertools.chain(model.parameters(), model.buffers())})
+
+
+def in_turns(sides: Sequence[Callable[[], Timing]], turns: int) -> list[Timing]:
+    """Runs all sides so many times, each time beginning with another, and once more before, which does not count."""
+    timings = [Timing() for _ in sides]
+    for turn in range(-1, turns):
+        for place in range(len(sides)):
+            side = (turn + place) % len(sides)
+            timing = sides[side]()
+            if turn >= 0:
+                timings[side].tokens += timing.tokens
+                timings[side].wall += timing.wall
+    return timings
+
+
+def issued(decode: Decode) -> Timing:
+    """Milliseconds that the host takes to issue a token to an idle GPU."""
+    took = decode.issue(TURN)
+    return Timing([took], took)
+
+
+def prompted(lane: Lane) -> Timing:
+    """A lane's prompt."""
+    took = lane.prefill(EAGER)[1]
+    return Timing([took], took)
 
 
 def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
@@ -366,85 +437,6 @@ def timed(run: Callable[[], None], device: torch.device) -> float:
     run()
     line.mark()
     return line.gaps()[0]
-
-
-# -------------------------------------------------------------------------------------------------------------- report
-
-
-def gains(rows: list[dict[str, Any]], row: dict[str, Any], keys: tuple[str, ...], value: str) -> Iterator[str]:
-    """Each stock function's time over ours, under the same conditions; empty where a row is not ours."""
-    for name in STOCK:
-        others = (one for one in rows if one["name"] == name and value in one)
-        same = [one[value] for one in others if all(one[key] == row[key] for key in keys)]
-        yield f"{min(same) / row[value]:.2f}x" if same and row["name"] == OURS else ""
-
-
-def compiling(row: dict[str, Any]) -> str:
-    """How long it took, and whether it is one piece."""
-    return f"{row['warm_s']:.0f} s, {'one piece' if row['whole'] else 'in pieces'}" if "whole" in row else ""
-
-
-def text(data: dict[str, Any]) -> str:
-    """The page."""
-    told = data["meta"]
-    out = [
-        f"# {data['model']} resident on the GPU", "",
-        f"{told.get('date')}. {told.get('gpu')}; moecore {told.get('moecore')}{at_commit(told)}, torch "
-        f"{told.get('torch')}, CUDA {told.get('cuda')}, transformers {told.get('transformers')}, Python "
-        f"{told.get('python')}.  ",
-        f"Command: `python benches/resident.py {data['command']}`, {data.get('seconds', 0):.0f} s.", "",
-        f"{data['layers']} of {data['of']} layers, {data.get('weights_gib', 0):.1f} GiB of bf16 weights, all on the "
-        "device. Weights are random, so the routers choose nearly uniformly. Experts of a layer that a step asks for: "
-        + ", ".join(f"{count:.1f} at batch {batch}" for batch, count in data["asked"].items()) + ".",
-        "", "Modes: *eager* (dynamic cache); *eager kernels, one graph* and *compile, one graph* (static cache, the "
-        "step captured in one CUDA graph). All are compiled alike: `torch.compile` of the model's call, in one piece "
-        "where that holds. Milliseconds of a step on the device's clock, mean; prompts of 128 tokens.",
-        "", f"Fused: {data.get('fused', 'nothing')!s}".replace("\n", "; "),
-    ]  # fmt: skip
-    if "distance" in data:
-        out.append(
-            f"Logits of a prompt, fused against `grouped_mm`: {data['distance']:.1e} apart by the norm; "
-            f"{data['same_token']:.0%} of the best tokens are the same."
-        )
-    if "head_ms" in data:
-        out.append(
-            f"Norm, product with the vocabulary and best token are {data['head_ms']:.2f} ms of each step at batch 1: "
-            "the time of a layer is without them, the other figures with them, so ratios over few layers are nearer 1."
-        )
-    over = tuple(f"over {name}" for name in STOCK)
-    head = ("batch", "mode", "layers", "experts", "ms a step", "p95", "ms a layer", "tokens/s", *over, "compiling")
-    out += ["", "## Decode", "", *table(head, decode_rows(data["decode"], data.get("head_ms")))]
-    head = ("mode", "layers", "experts", "ms", "tokens/s", over[0], "compiling")
-    out += ["", f"## Prefill of {LONG} tokens, batch 1", "", *table(head, prefill_rows(data["prefill"]))]
-    out += ["", "`batched_mm` copies the weights of every pair: a prompt of 4096 tokens would need 290 GiB.", ""]
-    left = [f"- failed: {name}: {why}" for name, why in data.get("failed", {}).items()]
-    left += [f"- left out for want of time: {what}" for what in data["skipped"]]
-    return "\n".join([*out, *(["## Not here", "", *left] if left else [])]) + "\n"
-
-
-def decode_rows(rows: list[dict[str, Any]], head: float | None) -> Iterator[tuple[str, ...]]:
-    """Cells."""
-    for row in rows:
-        start = (str(row["batch"]), row["mode"], str(row["layers"]), row["name"])
-        if "error" in row:
-            yield (*start, row["error"], *[""] * 6)
-            continue
-        # Eagerly the host is the limit, and not what lies outside the layers.
-        alone = head if head and row["batch"] == 1 and row["mode"] != EAGER.name else None
-        layer = f"{(row['mean'] - alone) / row['layers']:.3f}" if alone else ""
-        step = (f"{row['mean']:.2f}", f"{row['p95']:.2f}", layer, f"{row['tokens_per_s']:.1f}")
-        yield (*start, *step, *gains(rows, row, ("batch", "mode", "layers"), "mean"), compiling(row))
-
-
-def prefill_rows(rows: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
-    """Cells."""
-    for row in rows:
-        start = row["mode"], str(row["layers"]), row["name"]
-        if "error" in row:
-            yield (*start, row["error"], "", "", "")
-            continue
-        gain = next(gains(rows, row, ("mode", "layers"), "ms"))
-        yield (*start, f"{row['ms']:.1f}", f"{row['tokens_per_s']:.0f}", gain, compiling(row))
 
 
 def main() -> int:
@@ -470,7 +462,7 @@ def main() -> int:
         bench.data.setdefault("failed", {})["run"] = f"{type(error).__name__}: {error}"[:200]
     bench.save()
     print(text(bench.data))
-    rows = bench.data["decode"] + bench.data["prefill"]
+    rows = bench.data["decode"] + bench.data["prefill"] + bench.data["host"]
     return 1 if bench.data.get("failed") or any("error" in row for row in rows) else 0
 
 
