@@ -51,6 +51,7 @@ fuzz:
 
 $(VENV)/tools: requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "moecore needs Python 3.10 or newer; set PYTHON=...")'
+	@test -d $(VENV) || $(PYTHON) -c 'import shutil, sys; free = shutil.disk_usage(".").free / 1e9; sys.exit(0 if free > 10 else f"torch and two builds take 9 GB here, and {free:.1f} GB are free; pip would only say that a download broke off")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
