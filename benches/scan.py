@@ -3,7 +3,7 @@
     python benches/scan.py                 # everything; about half an hour
     python benches/scan.py --quick         # fewer repeats, no list of 1,000
 
-Both tools run as whole processes, in turns, against one server process (`tests/fakehub.py`) whose own CPU is not
+Both tools run as whole processes, in turns, against one server process (`tests/fakehub`) whose own CPU is not
 counted. hf-mem is installed from its package into an environment of its own. It has its base URL written into its
 sources, so the bench takes a copy of the installed package and puts the fake hub's URL in place of it: nothing else
 in the copy differs. The repositories are rebuilt from real metadata (`tests/realrepo.py`), their data sparse.
