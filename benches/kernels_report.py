@@ -67,8 +67,12 @@ def graph(row: Found | None, side: str = OURS) -> float | None:
 
 
 def best_peer(row: Found) -> tuple[str, float] | None:
-    """The fastest of the others."""
-    times = {name: one["graph"] for name, one in row.get("sides", {}).items() if one["graph"] and name not in NO_PEER}
+    """The fastest of the others whose result is right."""
+    times = {
+        name: one["graph"]
+        for name, one in row.get("sides", {}).items()
+        if one["graph"] and name not in NO_PEER and one["agrees"] in (True, None)
+    }
     return min(times.items(), key=lambda item: item[1]) if times else None
 
 
@@ -180,12 +184,13 @@ HOW = [
     'median of 15 replays, all sides of a row in turns in one process. "Eager" is wall time of a call from Python,',
     "many in a row. Inputs of 4096 tokens and more rotate over at least 150 MB; smaller ones lie in L2, as they do",
     "behind a router's product. GB/s are the fewest bytes that the job can move over our time. Every side allocates",
-    "its results, as its users do, and is checked once before it is timed. Routing is uniform.",
+    "its results, as its users do, and is checked once before it is timed (≠: its result is not the reference's; it is",
+    "no best peer then). Routing is uniform.",
     "",
     "moecore's kernels but `permute` and the products begin early (programmatic dependent launch): in a row of the",
     "same calls, part of a launch hides behind the call before it, about 0.5 us. The peers are called as their",
-    "packages have them. Behind a kernel that says nothing about its end, as torch's are, less can hide: `router` has",
-    "the gate behind its product.",
+    "packages have them. Behind a kernel without a launch trigger, as torch's are, less can hide: `router` has the",
+    "gate behind its product.",
 ]
 
 NOTES = {
@@ -260,7 +265,7 @@ def both(jobs: dict[str, list[Found]]) -> list[str]:
     if not lines:
         return []
     head = ("shape", "route", "best other gate", "best other index", "route to their sum")
-    return ["", "## Gate and index: one launch against the best two", "", *table(head, lines)]
+    return ["", "## Gate and index together against the best two of others", "", *table(head, lines)]
 
 
 def crossover(rows: list[Found]) -> list[str]:

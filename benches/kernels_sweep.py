@@ -47,15 +47,6 @@ class Family:
     together: tuple[Defines, ...] = ()
 
 
-#: Rows through shared memory by bulk copies: 48 KB a block at most, and a grid that stays.
-BULKS = tuple(
-    {"PERMUTE_BULK": 1, "PERMUTE_BLOCKS": blocks, "PERMUTE_BULK_WARPS": warps, "PERMUTE_BULK_BYTES": size,
-     "PERMUTE_BULK_STAGES": stages}
-    for blocks, warps, size, stages in (
-        (4, 2, 4096, 4), (6, 2, 4096, 4), (6, 1, 8192, 4), (4, 4, 2048, 4), (4, 2, 7168, 3), (4, 1, 14336, 3))
-)  # fmt: skip
-
-
 def families() -> list[Family]:
     """By importance."""
     gates = [Shape(1, 128, 8), Shape(64, 256, 8), Shape(4096, 128, 8), Shape(8192, 256, 8), Shape(8192, 60, 4)]
@@ -95,11 +86,11 @@ def families() -> list[Family]:
             "EARLY": (0,), "ROUTE_STORE_HINT": (0, 1, 2, 3), "ROUTE_PLACE_DEPTH": (1, 2, 8),
             "ROUTE_PLACE_LONG_SPLIT": (4, 8, 32),
         }, ({"TILE": 32, "ROUTE_PLACE_SPLIT": 8}, {"TILE": 64, "ROUTE_PLACE_SPLIT": 8},
-            {"TILE": 128, "ROUTE_PLACE_SPLIT": 16}, {"TILE": 32, "ROUTE_PLACE_SPLIT": 4}, *BULKS[:2])),
+            {"TILE": 128, "ROUTE_PLACE_SPLIT": 16}, {"TILE": 32, "ROUTE_PLACE_SPLIT": 4})),
         Family("permute", ("permute.cu",), cases.Permute, tuple(wide), {
             "PERMUTE_WARPS": (1, 2, 4, 8), "PERMUTE_DEPTH": (1, 2, 4, 8), "PERMUTE_STORE_HINT": (0, 1, 2, 3),
             "PERMUTE_BLOCKS": (4, 8, 16, 1024), "PERMUTE_SMALL_TOKENS": (0, 64, 512),
-        }, (*BULKS, {"PERMUTE_DEPTH": 2, "PERMUTE_STORE_HINT": 1}, {"PERMUTE_DEPTH": 1, "PERMUTE_STORE_HINT": 3})),
+        }, ({"PERMUTE_DEPTH": 2, "PERMUTE_STORE_HINT": 1}, {"PERMUTE_DEPTH": 1, "PERMUTE_STORE_HINT": 3})),
         Family("combine", ("combine.cu",), partial(cases.Combine, more=True), tuple(wide), {
             "COMBINE_WARPS": (1, 2, 4, 8), "COMBINE_IN_FLIGHT": (4, 8, 16, 20), "COMBINE_BLOCKS": (4, 8, 16, 1024),
             "COMBINE_STORE_HINT": (0, 1, 2, 3),
@@ -134,7 +125,7 @@ def variants(family: Family, defaults: Defines, more: list[Defines]) -> dict[str
     prefixes = {name.split("_")[0] for name in family.values} - {"TILE", "EARLY"}
     listed = {name for one in families() for name in one.values}
     for name, value in defaults.items():
-        if name.split("_")[0] in prefixes and name not in listed and "BULK_" not in name and name in text:
+        if name.split("_")[0] in prefixes and name not in listed and name in text:
             values[name] = (1 - value,) if value in (0, 1) else (value // 2, 2 * value)
     for name, tried in values.items():
         for value in tried:
@@ -298,7 +289,7 @@ class Sweep:
             for row in rows:
                 value = row["variants"].get(name, "")
                 cells.append(f"{value:9.2f}" if isinstance(value, float) else f"{str(value)[:9]:>9}")
-            lines.append((ratio, f"{name[:72]:72} {ratio:6.3f}" + "".join(cells)))
+            lines.append((ratio, f"{name:72} {ratio:6.3f}" + "".join(cells)))
         lines.sort(key=lambda one: one[0])
         said_once = {value for row in rows for value in row["variants"].values() if isinstance(value, str)}
         told = [f"  {value}" for value in sorted(said_once - {"right"})]

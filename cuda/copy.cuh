@@ -50,65 +50,6 @@ static __device__ __forceinline__ Tile tile_at(const Orders &orders, u8 *arena, 
     return t;
 }
 
-#if FETCH_BULK && __CUDA_ARCH__ >= 900
-// From sm_90 on: one thread of each block keeps bulk copies under way, in through one stage and out of another.
-static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes, u64 row_bytes, u32 *taken) {
-    __shared__ alignas(128) u8 stages[BULK_STAGES][BULK_BYTES];
-    __shared__ alignas(8) u64 full[BULK_STAGES];
-    if (threadIdx.x != 0)
-        return;
-    for (u32 s = 0; s < BULK_STAGES; ++s)
-        bulk_barrier(full + s);
-    // The barriers and the host's rows, seen so far by plain loads, hold for bulk copies, too.
-    bulk_fence();
-    const u32 per_row = (u32)((row_bytes + BULK_BYTES - 1) / BULK_BYTES);
-    const u32 tiles = per_row * orders.copies;
-    Tile tile[BULK_STAGES];
-    u32 next = blockIdx.x;
-#pragma unroll
-    for (u32 s = 0; s < BULK_STAGES; ++s) {
-        tile[s].bytes = 0;
-        if (next < tiles) {
-            tile[s] = tile_at<BULK_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, next);
-            bulk_in(stages[s], full + s, tile[s].from, tile[s].bytes);
-        }
-        next += gridDim.x;
-    }
-#if FETCH_DYNAMIC
-    // The first tiles go by turns, the others to whoever is free.
-    const u32 begin = gridDim.x * BULK_STAGES;
-    next = begin + atomicAdd(taken, 1u);
-#endif
-    for (u32 round = 0;; ++round) {
-#pragma unroll
-        for (u32 s = 0; s < BULK_STAGES; ++s) {
-            if (tile[s].bytes == 0) {
-                // Turns are in order: whoever has none has had the last.
-                bulk_arrived();
-                return;
-            }
-            bulk_await(full + s, round & 1);
-            bulk_out(tile[s].to, stages[s], tile[s].bytes);
-            bulk_commit();
-            // The stage before is free once its way out has read it.
-            const u32 before = (s + BULK_STAGES - 1) % BULK_STAGES;
-            if (round == 0 && s == 0)
-                continue;
-            bulk_left_but_one();
-            tile[before].bytes = 0;
-            if (next < tiles) {
-                tile[before] = tile_at<BULK_BYTES>(orders, arena, slot_bytes, row_bytes, per_row, next);
-                bulk_in(stages[before], full + before, tile[before].from, tile[before].bytes);
-#if FETCH_DYNAMIC
-                next = begin + atomicAdd(taken, 1u);
-#else
-                next += gridDim.x;
-#endif
-            }
-        }
-    }
-}
-#else
 // One warp copies a tile at a time: so many 16-byte loads of each lane, then as many stores.
 #define TILE_BYTES (FETCH_IN_FLIGHT * LANES * 16)
 
@@ -141,4 +82,3 @@ static __device__ void copy_rows(const Orders &orders, u8 *arena, u64 slot_bytes
         index = __shfl_sync(FULL_WARP, next, 0);
     }
 }
-#endif

@@ -1,5 +1,5 @@
-// The exact choice: groups and experts by keys of all their bits, which are looked at again in each round. The ways
-// that compare words (gate_any.cuh, gate_fast.cuh) come here with the few rows that words cannot decide.
+// Comparisons by keys of all bits, which are looked at again in each round: groups (of every row of gate_any.cuh), and
+// the choice of the few rows that words cannot decide.
 #pragma once
 #include "scores.cuh"
 

@@ -1,7 +1,7 @@
 // Expert products of a decode step, straight over the slots. For few rows the weights are all that moves, so warps make
 // single output elements and read each weight row once, 16 bytes a lane, many loads in flight.
 //
-// The order of every sum depends on the matrix' shape alone: not on which slot an expert lies in, not on how many
+// The order of every sum depends on the matrix' shape and alignment alone: not on which slot an expert lies in, not on how many
 // tokens there are. Blocks of different rows but the same part of the matrices run side by side, so that tokens with
 // the same expert find its weights in L2.
 //

@@ -134,7 +134,7 @@ static __device__ __forceinline__ void gate_any_row(const GateArgs &a, u32 token
     const u32 mine = take_best<N>(a.k, list);
     id = row.low_bits - (mine & row.low_bits);
 
-    // What lies past the last expert is chosen after -inf, but before NaN; a list that has run out may hide a choice.
+    // Padding ranks between -inf and NaN, so it may be chosen; an empty list may hide a choice.
     const bool chooses = lane < a.k;
     const bool found = chooses && id < a.experts;
     bool wrong = chooses != found || (more && list[0] == 0);

@@ -1,6 +1,6 @@
-// The same for the rows that most models have: up to 512 experts, aligned, no more than 31 choices, and either ranked by
+// The gate for the rows of most models: up to 512 experts, aligned, no more than 31 choices, and either ranked by
 // their logits or by sigmoid or sqrt-softplus scores with a bias, groups, or both. What the host knows is not asked again:
-// it says which way (Rule in rust/moecore-cuda/src/routing/plan.rs).
+// it says which way (`rule` in rust/moecore-cuda/src/routing/rule.rs).
 //
 // Instructions on 32-bit integers are what a full GPU runs out of first, at half the rate of float32 ones. So words are
 // signed, which takes two instructions rather than four, an expert's number comes into its word by one byte permute, and
@@ -9,12 +9,12 @@
 #include "exact.cuh"
 #include "weights.cuh"
 
-// A NaN's word, whatever expert it has; nothing else is as large.
+// The smallest word of a NaN; nothing else is as large.
 #define NAN_WORD 0x7fff0000
 #define NO_WORD ((i32)0x80000000)
 
-// How a warp owns a row: vectors of AT_ONCE numbers. A lane's are neighbours where groups of lanes are groups of experts,
-// else 32 lanes' are.
+// How a warp owns a row: vectors of AT_ONCE numbers. Ranked by scores a lane's are neighbours, so that groups are whole
+// lanes; else, and above 256 experts, 32 lanes' are.
 template <class T, u32 N, bool SCORES> struct Owned {
     static const u32 at_once = N * T::bytes < 16 ? N : 16 / T::bytes;
     static const u32 vectors = N / at_once;
@@ -82,7 +82,8 @@ template <u32 N> static __device__ __forceinline__ void score_values(const GateA
         x[i] = __fadd_rn(x[i], __uint_as_float(bias[i / AT_ONCE][i % AT_ONCE]));
 }
 
-// Whether this lane's experts are of a group that may be chosen from. A group is a power of two of lanes. Without a NaN.
+// Whether this lane's experts are of a group that may be chosen from. A group is a power of two of lanes. With a
+// NaN the row is chosen again (`unsure`).
 template <u32 N>
 static __device__ __forceinline__ bool lane_stays(const GateArgs &a, const float (&x)[N], bool &unsure) {
     const u32 lane = threadIdx.x % LANES;

@@ -3,7 +3,7 @@
 // A key is the float's bits in the order of its value: NaN first, then -inf; -0.0 and +0.0 are one. It is never 0.
 // A word is a key whose lowest bits were given up for the expert, the lowest expert highest: words of one row are all
 // different, so that minima and maxima alone sort them, and the best word of a warp says who has it. The bits given up
-// are zero in every number that came from 16 bits; of others they are compared afterwards (gate.cuh).
+// are zero in every number that came from 16 bits; of others they are compared afterwards (gate_any.cuh, gate_fast.cuh).
 #pragma once
 #include "ptx.cuh"
 

@@ -33,7 +33,6 @@ static __device__ __forceinline__ i32 row_of(const Scatter &s, u32 token, u32 ch
 struct PlainRows {
     static const u32 DEPTH = PERMUTE_DEPTH;
     static const u32 PLACED = ROUTE_PLACE_DEPTH;
-    static const bool BULK = true;
 
     // Pieces of a row.
     static __device__ __forceinline__ u32 pieces(u32 row_bytes, u32 depth) {
@@ -72,7 +71,6 @@ struct PlainRows {
 template <class Format> struct Fp8Rows {
     static const u32 DEPTH = PERMUTE_FP8_DEPTH;
     static const u32 PLACED = PERMUTE_FP8_DEPTH;
-    static const bool BULK = false;
     static const u32 LOADS = 16 / Format::lanes;                // a lane's loads for one store
     static const u32 SHARERS = SCALE_COLUMNS / Format::lanes;   // lanes that load the columns of one scale
     static const u32 WORDS = Format::lanes / 4;                 // that a load becomes
@@ -186,80 +184,10 @@ template <class Format> struct Fp8Rows {
     }
 };
 
-#if PERMUTE_BULK && (__CUDA_ARCH__ >= 900 || defined(MOECORE_EMULATED))
-#define BULK_ROWS 1
-// Plain rows by bulk copies: a piece comes into a stage once, and each lane that knows a row of it sends it there.
-static __device__ void scatter_bulk(const Scatter &s, u32 tokens, u32 block, u32 blocks) {
-    __shared__ alignas(128) u8 stages[PERMUTE_BULK_WARPS][PERMUTE_BULK_STAGES][PERMUTE_BULK_BYTES];
-    __shared__ alignas(8) u64 barriers[PERMUTE_BULK_WARPS][PERMUTE_BULK_STAGES];
-    const u32 warp = threadIdx.x / LANES;
-    const u32 lane = threadIdx.x % LANES;
-    const u32 warps = min(blockDim.x / LANES, (u32)PERMUTE_BULK_WARPS);
-    if (warp >= warps)
-        return;
-    u64 *full = barriers[warp];
-    if (lane == 0) {
-        for (u32 stage = 0; stage < PERMUTE_BULK_STAGES; ++stage)
-            bulk_barrier(full + stage);
-        bulk_fence();
-    }
-    const u32 width = (s.row_bytes + PERMUTE_BULK_BYTES - 1) / PERMUTE_BULK_BYTES;
-    const u32 items = tokens * width;
-    const u32 stride = blocks * warps;
-    const auto fill = [&](u32 item, u32 stage) {
-        const u32 at = item % width * PERMUTE_BULK_BYTES;
-        bulk_in(stages[warp][stage], full + stage, s.x + (u64)(item / width) * s.row_bytes + at,
-                min(s.row_bytes - at, (u32)PERMUTE_BULK_BYTES));
-    };
-    u32 item = block * warps + warp;
-    u32 next = item;
-    if (lane == 0)
-        for (u32 stage = 0; stage + 1 < PERMUTE_BULK_STAGES && next < items; ++stage, next += stride)
-            fill(next, stage);
-    __syncwarp();
-    u32 stage = 0;
-    u32 parity = 0;
-    for (; item < items; item += stride) {
-        const u32 token = item / width;
-        const u32 at = item % width * PERMUTE_BULK_BYTES;
-        i32 mine = row_of(s, token, lane);
-        bulk_await(full + stage, parity);
-        for (u32 first = 0;;) {
-            if (mine >= 0)
-                bulk_out(s.rows + (u64)mine * s.row_bytes + at, stages[warp][stage],
-                         min(s.row_bytes - at, (u32)PERMUTE_BULK_BYTES));
-            first += LANES;
-            if (first >= s.k)
-                break;
-            mine = row_of(s, token, first + lane);
-        }
-        bulk_commit();
-        // The stage before this one is free once every lane's copies have left it.
-        bulk_left_but_one();
-        __syncwarp();
-        if (lane == 0 && next < items) {
-            fill(next, (stage + PERMUTE_BULK_STAGES - 1) % PERMUTE_BULK_STAGES);
-            next += stride;
-        }
-        if (++stage == PERMUTE_BULK_STAGES) {
-            stage = 0;
-            parity ^= 1;
-        }
-    }
-    bulk_arrived();
-}
-#endif
-
 // The copy of the rows of all tokens by `blocks` blocks, of which this is number `block`. Called by all threads of it.
 // FRESH: by a kernel that began early.
 template <class Quant, u32 DEPTH, bool FRESH>
 static __device__ __forceinline__ void scatter(const Scatter &s, u32 tokens, u32 block, u32 blocks) {
-#ifdef BULK_ROWS
-    if (Quant::BULK && (DEPTH == Quant::DEPTH || DEPTH == Quant::PLACED)) {
-        scatter_bulk(s, tokens, block, blocks);
-        return;
-    }
-#endif
     const u32 warps = blockDim.x / LANES;
     const u32 width = Quant::pieces(s.row_bytes, DEPTH);
     const u32 items = tokens * width;

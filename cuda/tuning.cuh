@@ -21,16 +21,6 @@
 #ifndef FETCH_DYNAMIC
 #define FETCH_DYNAMIC 1
 #endif
-// 1: from sm_90 on rows pass through shared memory by bulk copies, in stages of so many bytes.
-#ifndef FETCH_BULK
-#define FETCH_BULK 0
-#endif
-#ifndef BULK_STAGES
-#define BULK_STAGES 4
-#endif
-#ifndef BULK_BYTES
-#define BULK_BYTES 8192
-#endif
 // Orders that are held in shared memory.
 #ifndef ORDER_BATCH
 #define ORDER_BATCH 128
@@ -110,20 +100,6 @@
 // How rows are stored. 0: plainly; 1: as a stream (st.cs); 2: past L1; 3: first to leave L2.
 #ifndef PERMUTE_STORE_HINT
 #define PERMUTE_STORE_HINT 0
-#endif
-// 1: from sm_90 on plain rows pass through shared memory by bulk copies: so many warps of a block, stages of each, and
-// bytes of a stage.
-#ifndef PERMUTE_BULK
-#define PERMUTE_BULK 0
-#endif
-#ifndef PERMUTE_BULK_WARPS
-#define PERMUTE_BULK_WARPS 2
-#endif
-#ifndef PERMUTE_BULK_STAGES
-#define PERMUTE_BULK_STAGES 4
-#endif
-#ifndef PERMUTE_BULK_BYTES
-#define PERMUTE_BULK_BYTES 4096
 #endif
 
 // combine: warps of a block; warps of a multiprocessor that registers must suffice for; 16-byte loads of one lane in

@@ -45,7 +45,7 @@ PLAIN = [
 
 @pytest.mark.parametrize(("tokens", "k", "row_bytes"), PLAIN)
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("tuning", [(), ("PERMUTE_BULK=1",), ("PERMUTE_STORE_HINT=3", "PERMUTE_DEPTH=2")], ids=str)
+@pytest.mark.parametrize("tuning", [(), ("PERMUTE_STORE_HINT=3", "PERMUTE_DEPTH=2")], ids=str)
 def test_permute(tokens: int, k: int, row_bytes: int, grid: int, tuning: tuple[str, ...]) -> None:
     rows = tokens * k + 5
     memory = Memory()

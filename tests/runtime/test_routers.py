@@ -239,7 +239,7 @@ def test_a_subclass_with_another_forward_is_left_alone() -> None:
     model = build("olmoe")
     router = model.get_submodule("model.layers.1.mlp.gate")
     router.__class__ = Other
-    assert routers.recognise(router) is None
+    assert routers.examine(router)[0] is None
     done, left = routers.replace(model)
     assert len(done) == 3
     assert left == {"model.layers.1.mlp.gate": "its code is none that moecore knows"}
@@ -296,7 +296,7 @@ def own_router(tmp_path: Path, name: str, change: Callable[[str], str]) -> Any:
 
 def test_the_same_code_with_other_names_behind_it_fails_the_trial(tmp_path: Path) -> None:
     router = own_router(tmp_path, "same", lambda source: source)
-    spec = routers.recognise(router)
+    spec = routers.examine(router)[0]
     assert spec is not None
     assert routers.differs(router, spec) == ""
 
@@ -308,7 +308,7 @@ def test_the_same_code_with_other_names_behind_it_fails_the_trial(tmp_path: Path
             return torch.topk(x, k, dim=dim, largest=False)
 
     type(router).forward.__globals__["torch"] = Worst
-    assert routers.recognise(router) == spec
+    assert routers.examine(router)[0] == spec
     assert routers.replace(torch.nn.ModuleDict({"gate": router})) == ([], {"gate": "in a trial it chose other experts"})
 
     class Doubled(Worst):

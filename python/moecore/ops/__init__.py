@@ -373,5 +373,5 @@ _modes = torch._C._len_torch_dispatch_stack
 
 
 def _direct(x: Tensor) -> bool:
-    """Whether a call may pass by torch's dispatcher, which costs some 10 us: plain CUDA memory, and nobody watches."""
+    """Whether a call may pass by torch's dispatcher, which costs host time: plain CUDA memory, and nobody watches."""
     return not (_compiling() or type(x) is not Tensor or not x.is_cuda or _modes())

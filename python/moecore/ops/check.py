@@ -24,6 +24,7 @@ ALIGNMENT = 16
 """Bytes of one load."""
 
 FP8_BLOCK = 128
+"""Columns that share one scale, as in DeepSeek-V3's activations."""
 
 #: Number formats, scorings and activations by number, as cuda/routing.cuh and cuda/experts.cu have them.
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -12,13 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .check import capacity
+from .check import FP8_BLOCK, capacity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-FP8_BLOCK = 128
-"""Columns that share one scale, as in DeepSeek-V3's activations."""
 
 FP8_MAX = 448.0
 """The largest finite number of e4m3."""

@@ -21,7 +21,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from moecore import ops
 from moecore._core import cuda_available
 from moecore.errors import ConfigError
-from moecore.ops import launch
+from moecore.ops import check, launch
 
 from . import families, routers
 from .compute import GROUPS
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 MATVEC_TOKENS = 32
 """Up to so many tokens each reads its experts' matrices for itself; above, the tokens of an expert share one read.
 
-Measured on an H100 (benches/results/kernels.md): 0.92 of the time at 32 tokens, 1.47 at 64."""
+Measured on an H100 (benches/results/kernels.md): 0.91 of the time at 32 tokens, 1.46 at 64."""
 
 ACTIVATION_NAMES = ("silu", "gelu", "gelu_tanh", "relu")
 """By the numbers of `kernels.ACTIVATIONS`."""
@@ -119,7 +119,7 @@ def kernels(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
         if act is not None:
             x, chosen = hidden.contiguous(), weights.contiguous()
             return ops.expert_matvec(x, index.contiguous(), chosen, up, down, act=ACTIVATION_NAMES[act])
-    if can_group(module, up, down) and index.shape[1] <= routers.MAX_K and weights.dtype in DTYPES:
+    if can_group(module, up, down) and index.shape[1] <= check.MAX_K and weights.dtype in DTYPES:
         return grouped(module, hidden, index, weights, up, down)
     return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from moecore import ops
-from moecore.ops.check import FORMATS
+from moecore.ops.check import FORMATS, MAX_EXPERTS, MAX_GROUPS, MAX_K
 
 from .families import find
 from .fingerprint import fingerprint
@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
     #: (logits [T, E], arguments of the gate) -> weights [T, k] and ids int64 [T, k].
     Chooser = Callable[[Tensor, dict[str, Any]], tuple[Tensor, Tensor]]
-
-MAX_EXPERTS, MAX_K, MAX_GROUPS = 1024, 32, 32
-"""What the gate's kernels are made for."""
 
 TRIAL_TOKENS = 64
 
@@ -167,13 +164,8 @@ class Exchanged:
         vars(self.router).update({"forward": self, REPLICATE: self.replicate})
 
 
-def recognise(module: nn.Module) -> RouterSpec | None:
-    """What a router computes, or None if moecore does not know it or the gate cannot do it."""
-    return examine(module)[0]
-
-
 def examine(module: nn.Module) -> tuple[RouterSpec | None, str]:
-    """As :func:`recognise`, with the reason why not."""
+    """What a router computes; or None, and the reason: moecore does not know it, or the gate cannot do it."""
     if "forward" in vars(module) and not is_ours(module):
         return None, "its forward was replaced by somebody else"
     code = fingerprint(module)

@@ -2,7 +2,7 @@
 //!
 //! | call | launches |
 //! |---|---|
-//! | [`gate`](Routing::gate), [`permute`](Routing::permute), [`combine`](Routing::combine) | one |
+//! | [`gate`](Routing::gate), [`permute`](Routing::permute), [`combine`](Routing::combine), [`align`](Routing::align) | one |
 //! | [`route`](Routing::route), few tokens | one, and a `permute` if rows are wanted |
 //! | the same, more tokens | one that chooses and counts, one that places (and copies rows) |
 //! | the same, many tokens | the same, and one between them that adds up the counts |

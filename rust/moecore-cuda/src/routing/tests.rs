@@ -61,7 +61,7 @@ fn few_tokens_are_sorted_in_one_launch() {
     assert_eq!(linked(ROUTE_CLUSTER_FROM), Some(ROUTE_CLUSTER));
     assert_eq!(linked(ROUTE_SMALL_TOKENS), Some(ROUTE_CLUSTER));
     assert_eq!(linked(ROUTE_SMALL_TOKENS + 1), None);
-    // One block's shared memory is not enough for all of these.
+    // More bins than there can be do not fit one block's shared memory.
     assert_eq!(small(64, MAX_K, MAX_EXPERTS, H100).map(|shape| shape.cluster), Some(ROUTE_CLUSTER));
     assert_eq!(small(64, MAX_K, MAX_EXPERTS * 4, H100), None);
 }
