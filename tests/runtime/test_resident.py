@@ -13,6 +13,7 @@ import moecore
 import pytest
 import tiny
 import torch
+from fusing import build, experts_of
 from moecore.errors import ConfigError
 from moecore.runtime import Fused, families, ops, resident, routers
 
@@ -29,17 +30,6 @@ PLAIN = {"qwen3_moe": "silu", "mixtral": "silu", "gemma4_text": "gelu_tanh", "de
 def _gate_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a GPU calls stay with the model's own routers; here the gate's specification answers them."""
     monkeypatch.setattr(routers, "DEVICES", {"cpu"})
-
-
-def build(name: str, dtype: torch.dtype = torch.float32) -> Any:
-    if tiny.VERSION < (5, 23) and name in ("aria_text", "muse_spark_text"):
-        pytest.skip(f"transformers {tiny.transformers.__version__} has another {name}, or none")
-    with tiny.quiet():
-        return tiny.build(name, dtype)
-
-
-def experts_of(model: Any) -> Any:
-    return families.find(model)[0].module
 
 
 def call_of(module: Any, tokens: int, weights: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:

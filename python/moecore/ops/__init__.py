@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import define as define
 from . import launch
@@ -61,6 +62,10 @@ class Route(NamedTuple):
     ends: Tensor
     source: Tensor
     inverse: Tensor
+
+
+#: So that an exported program that returns a route can be saved.
+torch.utils._pytree._register_namedtuple(Route, serialized_type_name="moecore.ops.Route")
 
 
 def gate(
@@ -108,7 +113,7 @@ def gate(
         RuntimeError: an input asks for gradients.
         DeviceError: the launch failed.
     """
-    if _direct(logits):
+    if _direct(logits, bias, valid):
         if torch.is_grad_enabled():
             refuse_gradients(logits, bias)
         return launch.gate(
@@ -150,7 +155,7 @@ def route(
 
     Raises: as :func:`gate`.
     """
-    if _direct(logits):
+    if _direct(logits, bias, valid, bin_of):
         if torch.is_grad_enabled():
             refuse_gradients(logits, bias)
         return Route._make(
@@ -186,7 +191,7 @@ def index(
 
     Raises: as :func:`gate`.
     """
-    if _direct(ids):
+    if _direct(ids, bin_of):
         return launch.index(ids, experts, bin_of, bins)
     ends, source, inverse = torch.ops.moecore.index.default(ids, experts, bin_of, bins)
     return ends, source, inverse
@@ -208,7 +213,7 @@ def align(ends: Tensor, inverse: Tensor, block: int) -> tuple[Tensor, Tensor, Te
 
     Raises: as :func:`gate`.
     """
-    if _direct(ends):
+    if _direct(ends, inverse):
         return launch.align(ends, inverse, block)
     order, owner, places = torch.ops.moecore.align.default(ends, inverse, block)
     return order, owner, places
@@ -228,7 +233,7 @@ def permute(x: Tensor, inverse: Tensor, rows: int | None = None) -> Tensor:
     Raises: as :func:`gate`.
     """
     rows = inverse.numel() if rows is None else rows
-    if _direct(x):
+    if _direct(x, inverse):
         if torch.is_grad_enabled():
             refuse_gradients(x)
         return launch.permute(x, inverse, rows)
@@ -248,7 +253,7 @@ def permute_fp8(x: Tensor, inverse: Tensor, rows: int | None = None) -> tuple[Te
     Raises: as :func:`gate`.
     """
     rows = inverse.numel() if rows is None else rows
-    if _direct(x):
+    if _direct(x, inverse):
         if torch.is_grad_enabled():
             refuse_gradients(x)
         return launch.permute_fp8(x, inverse, rows)
@@ -288,7 +293,7 @@ def route_permute(
 
     Raises: as :func:`gate`.
     """
-    if _direct(x):
+    if _direct(x, logits, bias, valid, bin_of):
         if torch.is_grad_enabled():
             refuse_gradients(x, logits, bias)
         done, rows, scales = launch.route_permute(
@@ -333,7 +338,7 @@ def combine(
 
     Raises: as :func:`gate`.
     """
-    if _direct(rows):
+    if _direct(rows, inverse, weights, shared, residual):
         if torch.is_grad_enabled():
             refuse_gradients(rows, weights, shared, residual)
         return launch.combine(rows, inverse, weights, shared, residual, scale)
@@ -361,7 +366,7 @@ def expert_matvec(
 
     Raises: as :func:`gate`.
     """
-    if _direct(x):
+    if _direct(x, ids, weights, gate_up, down):
         if torch.is_grad_enabled():
             refuse_gradients(x, weights, gate_up, down)
         return launch.expert_matvec(x, ids, weights, gate_up, down, act)
@@ -370,8 +375,22 @@ def expert_matvec(
 
 _compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
+_tracing = torch._C._get_tracing_state
+_transforms = torch._C._functorch.maybe_current_level
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None)})
+"""Types whose memory is where they say. Others may have none: an address of 0 would pass for an argument left out."""
 
 
-def _direct(x: Tensor) -> bool:
-    """Whether a call may pass by torch's dispatcher, which costs host time: plain CUDA memory, and nobody watches."""
-    return not (_compiling() or type(x) is not Tensor or not x.is_cuda or _modes())
+def _direct(x: Tensor, *beside: Tensor | None) -> bool:
+    """Whether a call may pass by torch's dispatcher, which costs host time: plain CUDA memory, and nobody watches.
+
+    `torch.jit.trace` would write down the memory, but not the launch; under `vmap` and its like there is no memory.
+    """
+    if _compiling() or type(x) is not Tensor or not x.is_cuda or _modes():
+        return False
+    if _tracing() is not None or _transforms() is not None or forward_ad._current_level >= 0:
+        return False
+    for one in beside:  # noqa: SIM110  # half the time of all()
+        if type(one) not in _PLAIN:
+            return False
+    return True

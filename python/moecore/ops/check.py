@@ -6,10 +6,12 @@ symbolic sizes too. None looks at numbers in a tensor. Everything is said as `ar
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 MAX_EXPERTS = 1024
 MAX_K = 32
@@ -34,16 +36,25 @@ ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _SIZES = {torch.float32: 4, torch.bfloat16: 2, torch.float16: 2}
 _INTEGERS = (torch.int32, torch.int64)
 _INT32 = (torch.int32,)
+_WHOLE = (int, Integral)
+"""What counts as a whole number: NumPy's too, as torch's dispatcher takes them."""
 _FLOAT32 = (torch.float32,)
 
 
 def refuse_gradients(*tensors: Tensor | None) -> None:
     """Raises RuntimeError where a backward pass would have to go through a kernel. For where gradients are on."""
-    if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+    if any(tensor is not None and tensor.requires_grad for tensor in tensors) or has_tangent(*tensors):
         raise RuntimeError(
             "moecore.ops is for inference and computes no gradients: call it under torch.no_grad(), or train with "
             'experts_implementation="grouped_mm" and the model\'s own router'
         )
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode differentiation goes through one of them: it does not ask whether gradients are on."""
+    return forward_ad._current_level >= 0 and any(
+        tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None for tensor in tensors
+    )
 
 
 class Gating(NamedTuple):
@@ -76,7 +87,7 @@ def gate(logits: Tensor, g: Gating) -> None:
         _value("logits", f"{experts} experts", f"from 1 to {MAX_EXPERTS}")
     if logits.stride(1) != 1 and experts > 1:
         _value("logits", f"strides {tuple(logits.stride())}", "rows without gaps between experts; call .contiguous()")
-    if not isinstance(k, int) or not 1 <= k <= MAX_K or k > experts:
+    if not isinstance(k, _WHOLE) or not 1 <= k <= MAX_K or k > experts:
         _value("k", k, f"from 1 to {min(experts, MAX_K)}: at most the {experts} experts, and at most {MAX_K}")
     if g.scoring not in SCORINGS:
         _value("scoring", repr(g.scoring), f"one of {', '.join(SCORINGS)}")
@@ -116,11 +127,11 @@ def route_permute(x: Tensor, logits: Tensor, g: Gating, *, fp8: bool) -> None:
 
 def _groups(experts: int, g: Gating) -> None:
     groups, top_groups = g.groups, g.top_groups
-    if not isinstance(groups, int) or not 1 <= groups <= MAX_GROUPS:
+    if not isinstance(groups, _WHOLE) or not 1 <= groups <= MAX_GROUPS:
         _value("groups", groups, f"from 1 to {MAX_GROUPS}")
     if experts % groups:
         _value("groups", groups, f"a divisor of the {experts} experts")
-    if not isinstance(top_groups, int) or not 1 <= top_groups <= groups:
+    if not isinstance(top_groups, _WHOLE) or not 1 <= top_groups <= groups:
         _value("top_groups", top_groups, f"from 1 to the {groups} groups")
     if g.group_score == "top2" and experts == groups:
         _value("group_score", "'top2' of groups of one expert", "max, or groups of two and more")
@@ -135,7 +146,7 @@ def _bins(experts: int, bin_of: Tensor | None, count: int | None, beside: Tensor
             _value("bins", count, f"left out, or the {experts} experts, where bin_of is not given")
         return
     _beside("bin_of", bin_of, _INT32, beside, (experts,), "[E]")
-    if count is None or not isinstance(count, int) or not 1 <= count <= MAX_EXPERTS:
+    if count is None or not isinstance(count, _WHOLE) or not 1 <= count <= MAX_EXPERTS:
         _value("bins", count, f"from 1 to {MAX_EXPERTS} where bin_of is given")
 
 
@@ -147,7 +158,7 @@ def index(ids: Tensor, experts: int, bin_of: Tensor | None, count: int | None) -
     _contiguous("ids", ids)
     k = ids.shape[1]
     _choices("ids", k)
-    if not isinstance(experts, int) or not 1 <= experts <= MAX_EXPERTS:
+    if not isinstance(experts, _WHOLE) or not 1 <= experts <= MAX_EXPERTS:
         _value("experts", experts, f"from 1 to {MAX_EXPERTS}")
     _bins(experts, bin_of, count, ids)
     _pairs("ids", ids.shape[0], k)
@@ -167,7 +178,7 @@ def align(ends: Tensor, inverse: Tensor, block: int) -> None:
         _shape("inverse", inverse, "[T, k]")
     _contiguous("inverse", inverse)
     _device("inverse", inverse, ends, "ends")
-    if not isinstance(block, int) or not 1 <= block <= MAX_BLOCK:
+    if not isinstance(block, _WHOLE) or not 1 <= block <= MAX_BLOCK:
         _value("block", block, f"from 1 to {MAX_BLOCK}")
     pairs = inverse.shape[0] * inverse.shape[1]
     if capacity(pairs, bins, block) > MAX_PAIRS:
@@ -205,10 +216,12 @@ def permute(x: Tensor, inverse: Tensor, rows: int, *, fp8: bool) -> None:
     _choices("inverse", inverse.shape[1])
     _contiguous("inverse", inverse)
     _device("inverse", inverse, x, "x")
-    if rows < 0:
+    if isinstance(rows, torch.SymInt):  # may come from the GPU's numbers: then it is looked at when the graph runs
+        torch._check(rows >= 0, lambda: f"rows: {rows}, must be 0 or more")
+    elif rows < 0:
         _value("rows", rows, "0 or more")
     _pairs("inverse", inverse.shape[0], inverse.shape[1])
-    if type(rows) is int and rows > MAX_PAIRS:
+    if not isinstance(rows, torch.SymInt) and rows > MAX_PAIRS:
         _value("rows", rows, f"at most {MAX_PAIRS}")
 
 
@@ -328,8 +341,8 @@ def _value(name: str, what: Any, must: str) -> NoReturn:
     raise ValueError(f"{name}: {what}, must be {must}")
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else repr(dtype)
 
 
 def _names(dtypes: Any) -> str:

@@ -212,8 +212,9 @@ def _refusing(name: str) -> Callable[..., Any]:
     op = getattr(torch.ops.moecore, name).default
 
     def refusing(*args: Any) -> Any:
-        if torch.is_grad_enabled():
-            check.refuse_gradients(*(arg for arg in args if isinstance(arg, torch.Tensor)))
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if torch.is_grad_enabled() or check.has_tangent(*tensors):
+            check.refuse_gradients(*tensors)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
 

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Counters", "Fused", "Handle", "Stats", "fuse", "load", "register", "unfuse", "unwrap", "wrap"]
 
+# A fused model, or a part of one, may come out of a pickle, which imports this package alone.
+register()
+
 
 def load(
     repo_or_path: str | os.PathLike[str],

@@ -43,8 +43,9 @@ def register(run: Run) -> None:
     from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    def dispatch(module: nn.Module, hidden: Any, index: Any, weights: Any, **_: Any) -> Any:
-        return run(module, hidden, index, weights)
+    # Names are transformers': a hook or a block may call experts by keyword.
+    def dispatch(module: nn.Module, hidden_states: Any, top_k_index: Any, top_k_weights: Any, **_: Any) -> Any:
+        return run(module, hidden_states, top_k_index, top_k_weights)
 
     # Each registry has a table of its own, and transformers' check of the name takes either for both.
     ALL_EXPERTS_FUNCTIONS.register(NAME, dispatch)

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional
 from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
@@ -89,7 +91,7 @@ def spread(module: nn.Module) -> bool:
 
 def trains(module: nn.Module) -> bool:
     """Whether a parameter of the experts wants a gradient."""
-    return any(param.requires_grad for param in module.parameters(recurse=False))
+    return any(param.requires_grad for param in module.parameters())
 
 
 def own(module: nn.Module) -> Callable[..., Tensor]:
@@ -108,13 +110,18 @@ def kernels(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     down = getattr(module, "down_proj", None)
     if up is None or down is None:
         raise ConfigError("the parameters of these experts are not in memory; load the model again")
-    if type(up.data) is not Tensor or up.dtype not in DTYPES or not up.dtype == down.dtype == hidden.dtype:
+    if type(up.data) not in (Tensor, FakeTensor) or up.dtype not in DTYPES:
+        return None
+    if not up.dtype == down.dtype == hidden.dtype:
+        return None
+    # What a parametrisation gives (an adapter's sum, say) is no parameter of the module.
+    if torch.is_grad_enabled() and (up.requires_grad or down.requires_grad):
         return None
     if index.dtype not in (torch.int32, torch.int64):
         return None
     if up.shape[0] != module.num_experts or not (up.is_contiguous() and down.is_contiguous()):
         return None
-    if hidden.shape[0] <= MATVEC_TOKENS and weights.dtype in (torch.float32, up.dtype):
+    if few(hidden.shape[0]) and weights.dtype in (torch.float32, up.dtype):
         act = activation(module)
         if act is not None:
             x, chosen = hidden.contiguous(), weights.contiguous()
@@ -124,6 +131,14 @@ def kernels(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     return None
 
 
+def few(tokens: int) -> bool:
+    """Whether each token reads its experts' matrices for itself. An exported program of any number of tokens does not:
+    it has one way, which must not bound the number."""
+    if torch.compiler.is_exporting():
+        return bool(statically_known_true(tokens <= MATVEC_TOKENS))
+    return tokens <= MATVEC_TOKENS
+
+
 def can_group(module: nn.Module, up: Tensor, down: Tensor) -> bool:
     """Whether grouped products take these matrices: bfloat16, rows of whole 16 bytes."""
     return (
@@ -131,7 +146,7 @@ def can_group(module: nn.Module, up: Tensor, down: Tensor) -> bool:
         and up.shape[0] < GROUPS
         and up.shape[1] % 8 == up.shape[2] % 8 == down.shape[1] % 8 == down.shape[2] % 8 == 0
         and hasattr(functional, "grouped_mm")
-        and type(module).__name__ not in REPEATING
+        and REPEATING.isdisjoint(cls.__name__ for cls in type(module).__mro__)  # FSDP and parametrisations subclass
     )
 
 
@@ -174,13 +189,8 @@ class Fused:
     routers: tuple[str, ...]
     left: dict[str, str]
     _before: list[tuple[Any, str | None]] = field(default_factory=list, repr=False)
-    _exchanged: list[str] = field(default_factory=list, repr=False)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Out of a pickle, perhaps in a process where nobody has told transformers of moecore."""
-        vars(self).update(state)
-        if self._before:
-            register()
+    _exchanged: list[nn.Module] = field(default_factory=list, repr=False)
+    _selected: list[nn.Module] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         """A few lines for people."""
@@ -237,12 +247,15 @@ def fuse(model: nn.Module) -> Any:
         why = next((f"{name}: {reason}" for name, reason in left.items()), "it has no experts that moecore knows")
         kind = f"{families.model_type(model)} model ({type(model).__name__})"
         raise ConfigError(f"moecore found nothing to fuse in this {kind}: {why}")
+    before, selected = select(model, experts)
     vars(model)[REPORT] = Fused(
         tuple(one.name for one in experts),
         tuple(ours),
         left,
-        earlier._before + select(model, experts),
-        earlier._exchanged + exchanged,
+        earlier._before + before,
+        # Modules, not paths: an adapter that wraps them later gives them others.
+        earlier._exchanged + [model.get_submodule(name) for name in exchanged],
+        earlier._selected + selected,
     )
     return model
 
@@ -273,15 +286,21 @@ def served(model: nn.Module) -> tuple[list[families.Taken], dict[str, str]]:
     return experts, left
 
 
-def select(model: nn.Module, experts: list[families.Taken]) -> list[tuple[Any, str | None]]:
-    """Selects "moecore" on every configuration of the model: those that this changes, with what they had."""
+def select(model: nn.Module, experts: list[families.Taken]) -> tuple[list[tuple[Any, str | None]], list[nn.Module]]:
+    """Selects "moecore" on every configuration of the model.
+
+    Returns:
+        Those configurations that this changes, with what they had, and the experts modules that were told.
+    """
     if not experts:
-        return []
+        return [], []
     register()
+    told: list[nn.Module] = []
     for one in families.find(model):  # those that are left alone, too: they may share a configuration
         value = getattr(getattr(one.module, "config", None), "_experts_implementation_internal", None)
         if one.adapter.served_by_interface and value != families.NAME:
             vars(one.module)[BEFORE] = value
+            told.append(one.module)
     configs = [*families.configurations(model), *(one.module.config for one in experts)]
     before = []
     for config in configs:
@@ -289,16 +308,21 @@ def select(model: nn.Module, experts: list[families.Taken]) -> list[tuple[Any, s
         if value != families.NAME:
             before.append((config, value))
             config._experts_implementation_internal = families.NAME
-    return before
+    return before, told
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """Gives a model back as it was before :func:`fuse`, to the bit. A model that is not fused stays as it is."""
-    report: Fused | None = vars(model).pop(REPORT, None)
-    if report is not None:
-        routers.restore(model, report._exchanged)
+    """Gives a model back as it was before :func:`fuse`, to the bit. A model that is not fused stays as it is.
+
+    What wraps a fused model (`torch.compile`, adapters) may be given in its place.
+    """
+    fused = [model] if REPORT in vars(model) else [part for part in model.modules() if REPORT in vars(part)]
+    for part in fused:
+        report: Fused = vars(part).pop(REPORT)
+        for router in report._exchanged:
+            routers.give_back(router)
         for config, value in reversed(report._before):
             config._experts_implementation_internal = value
-        for module in model.modules():
+        for module in report._selected:
             vars(module).pop(BEFORE, None)
     return model

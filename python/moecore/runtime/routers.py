@@ -6,11 +6,13 @@ a trial on random hidden states gives the original's experts and weights. Everyt
 
 from __future__ import annotations
 
+import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from moecore import ops
 from moecore.ops.check import FORMATS, MAX_EXPERTS, MAX_GROUPS, MAX_K
@@ -73,7 +75,7 @@ class RouterSpec:
         """The router's weights [T, k] out of the gate's."""
         return weights if self.form.finish is None else self.form.finish(router, hidden, weights, ids)
 
-    def serves(self, router: nn.Module, logits: Tensor) -> bool:
+    def serves(self, router: nn.Module, hidden: Tensor, logits: Tensor) -> bool:
         """Whether the gate gives what the router gives for these logits. If not, the router has to run itself.
 
         Not while a gradient is wanted, where the score's dtype does not allow it, or where the router's numbers are
@@ -81,6 +83,9 @@ class RouterSpec:
         """
         exact = logits.dtype == torch.float32 or not self.form.only_float32
         runs = logits.device.type in DEVICES and logits.dtype in FORMATS
+        runs = runs and self.weights_dtype(logits, hidden) in FORMATS
+        # A DTensor of a weight that was distributed later: there is no gate for it.
+        runs = runs and (type(logits) is Tensor or not is_traceable_wrapper_subclass(logits))
         return runs and exact and not logits.requires_grad and self.form.settings(router) == self.settings
 
     def arguments(
@@ -129,7 +134,7 @@ def forward(self: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
     ):
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         logits = spec.logits(self, flat)
-        if spec.serves(self, logits):
+        if spec.serves(self, flat, logits):
             chooser: Chooser | None = self._moecore_chooser
             if chooser is None or self._forward_hooks:  # a hook may change the ids
                 return spec.route(self, flat, logits, given)
@@ -166,7 +171,7 @@ class Exchanged:
 
 def examine(module: nn.Module) -> tuple[RouterSpec | None, str]:
     """What a router computes; or None, and the reason: moecore does not know it, or the gate cannot do it."""
-    if "forward" in vars(module) and not is_ours(module):
+    if not is_own(module, vars(module).get("forward")):
         return None, "its forward was replaced by somebody else"
     code = fingerprint(module)
     form = FORMS.get(code or "")
@@ -214,10 +219,11 @@ def differs(module: nn.Module, spec: RouterSpec) -> str:
     """
     matrix = next(param for param in module.parameters() if param.dim() == 2)
     random = torch.Generator().manual_seed(0)
-    hidden = torch.randn(TRIAL_TOKENS, spec.width, generator=random).to(matrix.device, matrix.dtype)
+    plain = {"generator": random, "device": "cpu", "dtype": torch.float32}  # whatever the process' defaults are
+    hidden = torch.randn(TRIAL_TOKENS, spec.width, **plain).to(matrix.device, matrix.dtype)
     given = None
     if spec.form.takes is not None:
-        given = torch.rand(spec.experts, generator=random).to(matrix.device) / 4
+        given = torch.rand(spec.experts, **plain).to(matrix.device) / 4
     try:
         with torch.no_grad():
             # Logits of some ±2, as trained ones are.
@@ -266,9 +272,17 @@ def ranks(spec: RouterSpec, logits: Tensor, bias: Tensor | None) -> Tensor:
     return scores if bias is None else scores + bias
 
 
+def is_own(module: nn.Module, held: Any) -> bool:
+    """Whether what a module holds as its forward leads to its class's: accelerate leaves such a method when it goes."""
+    return held is None or isinstance(held, Exchanged) or getattr(held, "__func__", None) is type(module).forward
+
+
 def is_ours(module: nn.Module) -> bool:
-    """Whether the router runs by the gate."""
-    return isinstance(vars(module).get("forward"), Exchanged)
+    """Whether the router runs by the gate, be it under a wrapper that accelerate has put around its forward."""
+    held = vars(module)
+    return "_moecore_router" in held and any(
+        isinstance(held.get(key), Exchanged) for key in ("forward", "_old_forward")
+    )
 
 
 def replaced(model: nn.Module) -> list[str]:
@@ -337,8 +351,18 @@ def unknown(model: nn.Module) -> dict[str, str]:
 def restore(model: nn.Module, names: list[str] | None = None) -> None:
     """Gives routers their own forward again: those at the paths `names`, or all. Harmless when called twice."""
     for name, module in model.named_modules():
-        if "_moecore_router" in vars(module) and (names is None or name in names):
-            if is_ours(module):
-                del vars(module)["forward"]
-            for key in ("_moecore_router", "_moecore_chooser", REPLICATE):
-                vars(module).pop(key, None)
+        if names is None or name in names:
+            give_back(module)
+
+
+def give_back(module: nn.Module) -> None:
+    """Gives a router its own forward again. Harmless for other modules."""
+    held = vars(module)
+    if "_moecore_router" not in held:
+        return
+    if isinstance(held.get("forward"), Exchanged):
+        del held["forward"]
+    if isinstance(held.get("_old_forward"), Exchanged):  # what accelerate puts back when it takes its wrapper away
+        held["_old_forward"] = types.MethodType(type(module).forward, module)
+    for key in ("_moecore_router", "_moecore_chooser", REPLICATE):
+        held.pop(key, None)
