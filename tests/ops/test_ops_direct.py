@@ -89,7 +89,7 @@ def tangents(rows: Tensor) -> Tensor:
     return ops.combine(rows, torch.arange(6, dtype=torch.int32).view(3, 2))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # torch's own, at its first dual tensor
+@pytest.mark.filterwarnings("ignore:.*torch.jit")  # torch's own, at its first dual tensor
 @pytest.mark.parametrize("way", ["launched", "dispatched"])
 def test_forward_gradients_are_refused_too(way: str, request: pytest.FixtureRequest) -> None:
     if way == "launched":

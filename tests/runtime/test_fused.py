@@ -98,6 +98,8 @@ class Logits(torch.nn.Module):
 @torch.no_grad()
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_fused_model_is_exported_for_any_number_of_tokens(strict: bool) -> None:
+    if not strict and tiny.VERSION < (5, 23):
+        pytest.skip(f"transformers {tiny.transformers.__version__} cannot export its own model so")
     model = Logits(moecore.fuse(build("olmoe", torch.bfloat16)))
     with tiny.quiet():
         program = torch.export.export(
