@@ -144,3 +144,41 @@ def test_linear(format_: str, transposed: bool, per_pair: bool, bias: bool, inpu
             one = matrix[which].T if transposed else matrix[which]
             row = (one.double() @ (x[t, j] if per_pair else x[t]).double()).to(dtype)
             assert torch.equal(out[t, j], row + offsets[which] if bias else row)
+
+
+@pytest.mark.parametrize("product", ["expert_up", "expert_down", "slot_linear", "slot_linear_t"])
+@pytest.mark.parametrize(("offset", "behind"), [(0, 4), (4, 12), (16, 0), (32, 8)])
+def test_matrices_anywhere_in_their_slots(product: str, offset: int, behind: int) -> None:
+    """Between bytes that are no numbers, on 16 bytes in every slot, in some, or in none."""
+    dtype, inputs, outputs, memory = torch.float16, 64, 24, Memory()
+    up, transposed = product == "expert_up", product == "slot_linear_t"
+    matrix = exact((EXPERTS, 2 * outputs if up else outputs, inputs), dtype, 1)
+    stored = (matrix.transpose(1, 2) if transposed else matrix).flatten(1)
+    no_numbers = [torch.full((EXPERTS, size // dtype.itemsize), torch.nan, dtype=dtype) for size in (offset, behind)]
+    arena = memory.input(torch.cat([no_numbers[0], stored, no_numbers[1]], dim=1))
+    x, chosen = memory.input(exact((3, inputs), dtype, 2)), [3, 0, 4]
+    out = memory.output((3, outputs), dtype)
+    args = ExpertArgs(
+        arena=arena, slot_bytes=arena.stride(0) * dtype.itemsize, offset=offset, bias_offset=NO_BIAS, x=x, out=out,
+        slots=memory.input(torch.tensor(chosen, dtype=torch.int32)), weights=memory.input(torch.ones(3, dtype=dtype)),
+        tokens=3, k=1, inputs=inputs, outputs=outputs, act=3, slot_count=EXPERTS,
+    )  # fmt: skip
+    columns = {"expert_down": 2, "slot_linear_t": 512 // dtype.itemsize}.get(product, 4)
+    launch = Launch(library("experts.cu"), f"moecore_{product}_f16", (3, blocks(outputs, columns)), (args,))
+    guarded.run(memory, [launch], (0, 3))
+    rows = torch.stack([(matrix[slot].double() @ one.double()).to(dtype) for slot, one in zip(chosen, x, strict=True)])
+    assert torch.equal(out, rows[:, :outputs].relu() * rows[:, outputs:] if up else rows)
+
+
+@pytest.mark.parametrize("act", [0, 1, 2, 3])
+def test_a_nan_stays(act: int) -> None:
+    """Also through relu, whose maximum with 0 would be 0."""
+    memory = Memory()
+    x, w = memory.input(torch.full((1, 4), torch.nan)), memory.input(torch.ones(1, 4, 4))
+    out = memory.output((2,), torch.float32)
+    args = ExpertArgs(
+        arena=w, slot_bytes=64, bias_offset=NO_BIAS, x=x, slots=memory.input(torch.zeros(1, dtype=torch.int32)),
+        out=out, tokens=1, k=1, inputs=4, outputs=2, act=act, slot_count=1,
+    )  # fmt: skip
+    guarded.run(memory, [Launch(library("experts.cu"), "moecore_expert_up_f32", (1, 1), (args,))], (0,))
+    assert out.isnan().all()

@@ -170,11 +170,22 @@ def test_bias(experts: int, scoring: str) -> None:
         check_weights(gate, logits, ids, weights)
 
 
-#: Experts, groups, groups that stay, k: sizes that are whole lanes, a part of one, no power of two.
+@pytest.mark.parametrize("experts", [8, 60, 72, 160, 384])
+def test_scores_below_zero(experts: int) -> None:
+    """All of them, by the bias: they are better than what lies past the last expert all the same."""
+    generator = torch.Generator().manual_seed(experts)
+    bias = -2.0 - torch.randperm(experts, generator=generator) / 512.0
+    gate = Gate(min(experts, 31), "sigmoid", renormalize=True)
+    _, ids = run_gate(gate, torch.zeros(2, experts), bias, schedules=(3,))
+    assert torch.equal(ids.long(), bias.argsort(descending=True)[: gate.k].expand(2, -1))
+
+
+#: Experts, groups, groups that stay, k: sizes that are whole lanes, three of them, a part of one, one, no power of two.
 GROUPS = [
     (8, 2, 1, 3), (16, 8, 3, 4), (60, 4, 2, 6), (64, 8, 4, 8), (64, 32, 9, 10), (72, 8, 4, 6), (96, 8, 4, 8),
-    (96, 32, 5, 8), (128, 8, 4, 8), (160, 8, 3, 6), (256, 8, 4, 8), (256, 16, 2, 32), (256, 1, 1, 8), (384, 8, 2, 8),
-    (512, 8, 3, 10), (896, 7, 3, 8), (1024, 32, 4, 32), (12, 6, 4, 8), (256, 32, 32, 8), (200, 25, 2, 9),
+    (96, 4, 2, 8), (24, 24, 6, 5), (96, 32, 5, 8), (128, 8, 4, 8), (160, 8, 3, 6), (256, 8, 4, 8), (256, 16, 2, 32),
+    (256, 1, 1, 8), (384, 8, 2, 8), (512, 8, 3, 10), (896, 7, 3, 8), (1024, 32, 4, 32), (12, 6, 4, 8), (256, 32, 32, 8),
+    (200, 25, 2, 9),
 ]  # fmt: skip
 
 
@@ -219,7 +230,7 @@ def test_any_address(format_: str, experts: int) -> None:
     logits, gate = hard_rows(experts, DTYPES[format_], 5)[:9], Gate(min(experts, 4))
     size = logits.element_size()
     _, expected = gate.reference(logits, None)
-    for off, gap in ((size, 0), (2 * size, 1), (4 * size, 0), (0, 4), (0, 8), (8, 5), (0, 1)):
+    for off, gap in ((size, 0), (2 * size, 1), (4 * size, 0), (0, 4), (0, 6), (0, 7), (0, 8), (8, 5), (0, 1)):
         _, ids = run_gate(gate, logits, off=off, gap=gap, schedules=(3,))
         assert torch.equal(ids, expected), f"{off} bytes off, {gap} numbers between rows"
 

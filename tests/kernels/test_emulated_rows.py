@@ -127,6 +127,29 @@ def test_permute_fp8_rounds_as_torch(format_: str) -> None:
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("format_", DTYPES)
+def test_permute_fp8_of_a_nan(format_: str) -> None:
+    """Its block's scale says so, in whichever lane it is; the other blocks are as without it."""
+    given = numbers((4, 640), DTYPES[format_], 9)
+    clean, clean_scales = reference.quantize(given)
+    blocks = [(0, 0), (1, 2), (2, 4), (3, 1)]
+    for (token, block), at in zip(blocks, (0, 77, 127, 33), strict=True):
+        given[token, block * 128 + at] = torch.nan
+    memory = Memory()
+    x, inverse = memory.input(given), memory.input(torch.arange(4, dtype=torch.int32)[:, None])
+    out, scales = memory.output((4, 640), torch.uint8), memory.output((4, 5), torch.float32)
+    args = PermuteArgs(
+        x=x, inverse=inverse, out=out, scales=scales, tokens=4, k=1, rows=4, row_bytes=640 * x.element_size(),
+        x_format=FORMATS[x.dtype],
+    )  # fmt: skip
+    guarded.run(memory, [Launch(library("permute.cu"), f"moecore_permute_fp8_{format_}", 2, (args,))], (0, 3))
+    hit = torch.zeros(4, 5, dtype=torch.bool)
+    hit[tuple(torch.tensor(blocks).T)] = True
+    assert torch.equal(scales.isnan(), hit)
+    assert torch.equal(scales[~hit], clean_scales[~hit])
+    assert torch.equal(out.view(4, 5, 128)[~hit], clean.view(torch.uint8).view(4, 5, 128)[~hit])
+
+
 #: Every number of choices that has its own code, and those that share one.
 @pytest.mark.parametrize("format_", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 16, 17, 24, 31, 32])
@@ -176,6 +199,19 @@ def test_combine_of_nobody(format_: str) -> None:
     lib, name = library("combine.cu"), f"moecore_combine_{format_}"
     guarded.run(memory, [Launch(lib, name, 1, (args,))])
     assert torch.equal(out, residual)
+
+
+@pytest.mark.parametrize("k", [3, 8])
+def test_combine_of_rows_that_are_not_there(k: int) -> None:
+    """Without an inverse, and with fewer rows than pairs: the last pairs are left out, as by an inverse."""
+    dtype, memory, count = torch.bfloat16, Memory(), 4 * k - 2
+    x, weights = memory.input(numbers((count, 64), dtype, 1)), memory.input(numbers((4, k), torch.float32, 2))
+    out = memory.output((4, 64), dtype)
+    args = CombineArgs(
+        rows=x, weights=weights, out=out, tokens=4, k=k, row_count=count, row_bytes=64 * dtype.itemsize, scale=1.0
+    )
+    guarded.run(memory, [Launch(library("combine.cu"), "moecore_combine_bf16", 2, (args,))], (0, 3))
+    assert torch.equal(bits(out), bits(reference.combine(x, None, weights)))
 
 
 def test_nothing_to_do() -> None:

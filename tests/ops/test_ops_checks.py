@@ -98,6 +98,7 @@ BAD: list[tuple[str, int | str, Any, type[Exception], str]] = [
     ("route_permute", 0, torch.zeros(4, 128), ValueError, "logits: shape [3, 8], must be [T, E] with the 4 tokens"),
     ("route_permute", 0, torch.zeros(3, 6), ValueError, "x: rows of 6 numbers"),
     ("route_permute", 1, torch.zeros(3, 8).double(), TypeError, "logits: dtype float64"),
+    ("route_permute", 1, torch.zeros(3, 8, device="meta"), ValueError, "logits: on meta, must be on cpu, as x"),
     ("combine", 0, torch.zeros(6, 6), ValueError, "rows: rows of 6 numbers"),
     ("combine", 0, torch.zeros(6, 8).double(), TypeError, "rows: dtype float64"),
     ("combine", 1, ints(3, 3), ValueError, "weights: shape [3, 2], must be [T, k] = [3, 3]"),
@@ -118,6 +119,7 @@ BAD: list[tuple[str, int | str, Any, type[Exception], str]] = [
     ("expert_matvec", 3, torch.zeros(4, 6, 8).half(), TypeError, "gate_up: dtype float16, must be float32"),
     ("expert_matvec", 3, torch.zeros(4, 8, 6).transpose(1, 2), ValueError, "gate_up: strides (48, 1, 6), must be one"),
     ("expert_matvec", 4, torch.zeros(4, 8, 4), ValueError, "down: shape [4, 8, 4], must be [E, H, I] = [4, 8, 3]"),
+    ("expert_matvec", 4, torch.zeros(4, 3, 8).transpose(1, 2), ValueError, "down: strides (24, 1, 8), must be one"),
     ("expert_matvec", 4, torch.zeros(4, 8, 3, device="meta"), ValueError, "down: on meta, must be on cpu, as x"),
     ("expert_matvec", "act", "swish", ValueError, "act: 'swish', must be one of silu, gelu, gelu_tanh, relu"),
 ]  # fmt: skip
@@ -145,6 +147,29 @@ def test_bad_arguments(op: str, place: int | str, value: Any, error: type[Except
         return
     with pytest.raises(error, match=re.escape(message)):
         call(op, {place: value})
+
+
+def test_the_most_that_fits() -> None:
+    """Each limit itself is inside."""
+    weights, ids = ops.gate(logits(1, 1024), 32, groups=32, top_groups=1)
+    assert (weights.shape, ids.shape) == ((1, 32), (1, 32))
+    assert ops.index(ints(1, 32), 1024)[0].shape == (1024,)
+    assert ops.index(ints(1, 1), 1, ints(1), 1024)[0].shape == (1024,)
+    assert ops.permute(torch.zeros(1, 8), torch.arange(32, dtype=torch.int32)[None]).shape == (32, 8)
+    assert ops.align(ints(1024), ints(1, 2), 1024)[0].shape == (2048,)
+    pairs = torch.zeros(1, 8).expand(2**31 - 1, 8)  # as many as int32 counts, without their memory
+    with FakeTensorMode() as mode:
+        assert ops.gate(mode.from_tensor(pairs), 1)[1].shape == (2**31 - 1, 1)
+
+
+def test_more_places_than_int32_counts() -> None:
+    """Of pairs that it does count: what the bins' last blocks leave over is counted, too."""
+    most = 2**31 - 1024 * 1023 - 1
+    with FakeTensorMode() as mode:
+        ends = mode.from_tensor(ints(1024))
+        assert ops.align(ends, torch.empty(most, 1, dtype=torch.int32), 1024)[0].shape == (2**31 - 1024,)
+        with pytest.raises(ValueError, match=f"inverse: {most + 1} pairs, must be few enough for places below"):
+            ops.align(ends, torch.empty(most + 1, 1, dtype=torch.int32), 1024)
 
 
 @pytest.mark.parametrize("k", [33, 64])

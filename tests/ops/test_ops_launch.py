@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from moecore import _core
 from moecore.errors import DeviceError
 from moecore.ops import check, launch
 from moecore.ops.check import Gating
@@ -37,6 +39,12 @@ def core(monkeypatch: pytest.MonkeyPatch) -> Calls:
     return calls
 
 
+def named(call: tuple[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """A call's arguments by the names that the core's own function has for them."""
+    name, args = call
+    return dict(zip(inspect.signature(getattr(_core, name)).parameters, args, strict=True))
+
+
 def test_gate(core: Calls) -> None:
     logits, bias, valid = torch.zeros(3, 16).bfloat16()[:, 4:12], torch.zeros(8), torch.zeros(1, dtype=torch.int32)
     g = Gating(2, "sqrtsoftplus", bias, 4, 2, "top2", True, 2.5, 0.5, valid, torch.float16, torch.int64)
@@ -63,6 +71,59 @@ def test_route(core: Calls, tokens: int) -> None:
     assert args[24:] == (0, 0, 0, 0, 0, STREAM)
 
 
+def test_gating_arrives_under_the_names_of_the_core(core: Calls) -> None:
+    """Of route as of gate, and no two arguments are alike."""
+    logits, bias = torch.zeros(3, 16).bfloat16()[:, 4:12], torch.zeros(8)
+    valid, bin_of = torch.zeros(1, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
+    g = Gating(2, "softmax_topk", bias, 4, 3, "top2", True, 2.5, 0.5, valid, torch.float16, torch.int64, bin_of, 11)
+    x = torch.zeros(3, 128).half()
+    made = [launch.gate(logits, g), launch.route(logits, g), launch.route_permute(x, logits, False, g)[0]]
+    assert [name for name, _ in core] == ["routing_gate", "routing_route", "routing_route"]
+    for call, (weights, ids, *index) in zip(core, made, strict=True):
+        given = named(call)
+        want = {
+            "device": None, "logits_format": 1, "logits": logits.data_ptr(), "stride": 16, "tokens": 3, "experts": 8,
+            "k": 2, "groups": 4, "top_groups": 3, "scoring": 3, "flags": 1 | 2 | 4, "bias": bias.data_ptr(),
+            "weights": weights.data_ptr(), "weights_format": 2, "ids": ids.data_ptr(), "valid": valid.data_ptr(),
+            "scale": 2.5, "eps": 0.5, "stream": STREAM,
+        }  # fmt: skip
+        if index:
+            ends, source, inverse = (one.data_ptr() for one in index)
+            want |= {"bin_of": bin_of.data_ptr(), "bins": 11, "ends": ends, "source": source, "inverse": inverse}
+        assert {name: given[name] for name in want} == want
+
+
+def test_every_call_has_the_arguments_of_the_core(core: Calls) -> None:
+    """Their names: where a number goes, the tests of each op say."""
+    x, inverse = torch.zeros(3, 128).half(), torch.zeros(3, 2, dtype=torch.int32)
+    _, rows, scales = launch.route_permute(x, torch.zeros(3, 8), True, Gating(2))
+    launch.permute_fp8(x, inverse, 9)
+    launch.align(torch.zeros(4, dtype=torch.int32), inverse, 16)
+    launch.combine(x[:, :8].contiguous(), inverse, torch.zeros(3, 2), scale=2.5)
+    launch.expert_matvec(
+        x, inverse, torch.zeros(3, 2).half(), torch.zeros(5, 6, 128).half(), torch.zeros(5, 128, 3).half()
+    )
+    route, permute, align, combine, up, down = (named(call) for call in core)
+    assert scales is not None
+    assert (route["x"], route["rows"], route["scales"]) == (x.data_ptr(), rows.data_ptr(), scales.data_ptr())
+    assert (route["x_format"], route["row_bytes"], route["workspace"]) == (2, 256, 0)
+    assert (permute["tokens"], permute["k"], permute["rows"], permute["row_bytes"]) == (3, 2, 9, 256)
+    assert (align["pairs"], align["bins"], align["block"], align["capacity"]) == (6, 4, 16, 64)
+    assert (combine["format"], combine["row_count"], combine["row_bytes"], combine["weights_format"]) == (2, 3, 16, 0)
+    assert (combine["tokens"], combine["k"], combine["scale"]) == (3, 2, 2.5)
+    assert (up["inputs"], up["outputs"], up["slots_i64"], up["expert_stride_bytes"]) == (128, 3, False, 1536)
+    assert (down["inputs"], down["outputs"], down["weights_f32"], down["expert_stride_bytes"]) == (3, 128, False, 768)
+
+
+def test_the_workspace_is_asked_for_by_tokens_and_bins(core: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(launch._core, "routing_workspace", lambda *sizes: asked.append(sizes) or 48, raising=False)
+    launch.route(torch.zeros(3, 8), Gating(2, bin_of=torch.arange(8, dtype=torch.int32), bins=11))
+    launch.index(torch.zeros(5, 2, dtype=torch.int32), 7)
+    assert asked == [(3, 11), (5, 7)]
+    assert all(named(call)["workspace"] for call in core)
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_route_permute(core: Calls, fp8: bool) -> None:
     x, logits = torch.zeros(3, 256).half(), torch.zeros(3, 8)
@@ -85,6 +146,19 @@ def test_index(core: Calls, dtype: torch.dtype) -> None:
             0, 8, ends.data_ptr(), source.data_ptr(), inverse.data_ptr(), 0, 0, 0, 0, 0, 0, STREAM,
         ))
     ]  # fmt: skip
+
+
+def test_index_with_bins(core: Calls) -> None:
+    ids, bin_of = torch.zeros(3, 2, dtype=torch.int32), torch.arange(8, dtype=torch.int32)
+    ends, _, _ = launch.index(ids, 8, bin_of, 11)
+    given = named(core[0])
+    assert (given["experts"], given["bin_of"], given["bins"], given["ends"]) == (
+        8,
+        bin_of.data_ptr(),
+        11,
+        ends.data_ptr(),
+    )
+    assert ends.shape == (11,)
 
 
 @pytest.mark.parametrize("fp8", [False, True])

@@ -216,3 +216,49 @@ def test_a_router_whose_weight_is_distributed_later_runs_the_original(tmp_path: 
         assert isinstance(ids, distributed.DTensor)
     finally:
         torch.distributed.destroy_process_group()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["granitemoe", "gpt_oss"])
+def test_a_router_that_keeps_the_dimensions_of_its_input(name: str) -> None:
+    model = moecore.fuse(build(name))
+    router = model.get_submodule(routers.replaced(model)[0])
+    hidden = torch.randn(2, 5, router._moecore_router.width)
+    ours, stock = router(hidden), type(router).forward(router, hidden)
+    assert stock[1].dim() == 3
+    assert all(torch.equal(one, other) for one, other in zip(ours, stock, strict=True))
+
+
+@torch.no_grad()
+def test_a_router_with_a_hook_is_not_asked_ahead() -> None:
+    """The hook may change the ids."""
+    model = moecore.fuse(build("olmoe"))
+    router = model.get_submodule(routers.replaced(model)[0])
+    hidden = torch.randn(5, router._moecore_router.width)
+    stock = router(hidden)
+
+    def ask(*_: Any) -> Any:
+        raise RuntimeError("asked")
+
+    routers.lead_to(router, ask)
+    hook = router.register_forward_hook(lambda module, args, output: None)
+    assert all(torch.equal(one, other) for one, other in zip(router(hidden), stock, strict=True))
+    hook.remove()
+    with pytest.raises(RuntimeError, match="asked"):
+        router(hidden)
+
+
+def test_who_interrupts_a_fusing_gets_all_routers_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("olmoe")
+    trials: list[Any] = []
+
+    def differs(*args: Any) -> str:
+        trials.append(args)
+        if len(trials) == 3:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(routers, "differs", differs)
+    with pytest.raises(KeyboardInterrupt):
+        moecore.fuse(model)
+    assert not any("forward" in vars(module) or "_moecore_router" in vars(module) for module in model.modules())

@@ -57,7 +57,7 @@ def names_of(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @torch.no_grad()
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("tokens", [1, 3, 40])
+@pytest.mark.parametrize("tokens", [1, resident.MATVEC_TOKENS, resident.MATVEC_TOKENS + 1])
 @pytest.mark.parametrize("name", [*LAYOUTS, "gemma4_text", "deepseek_v3"])
 def test_the_kernels_path_is_grouped_mm(
     name: str, tokens: int, weights: torch.dtype, monkeypatch: pytest.MonkeyPatch
@@ -107,11 +107,31 @@ def test_what_the_kernels_do_not_serve() -> None:
     assert resident.kernels(half, call_of(half, 40)[0], wide, torch.rand(40, 33)) is None, "too many experts of a token"
     hashed = experts_of(build("deepseek_v4", torch.bfloat16))
     assert resident.kernels(hashed, *call_of(hashed, 40)) is None, "a router that may name an expert twice"
+    for tokens in (4, 40):
+        x, ids, scores = call_of(half, tokens)
+        assert resident.kernels(half, x, ids, scores.double()) is None, "weights of a dtype that no op takes"
+        assert resident.kernels(half, x, ids.short(), scores) is None, "ids of a dtype that no op takes"
+    half.num_experts += 1
+    assert resident.kernels(half, hidden, index, weights) is None, "experts that are not in the matrices"
+    half.num_experts -= 1
     half.down_proj.data = half.down_proj.data.transpose(1, 2).contiguous().transpose(1, 2)
     assert resident.kernels(half, hidden, index, weights) is None, "parameters that are not dense"
     half.down_proj = None
     with pytest.raises(ConfigError, match="not in memory"):
         resident.kernels(half, hidden, index, weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_calls_with_gaps(tokens: int) -> None:
+    """Hidden states, ids and weights that are parts of larger tensors; and weights that only some of the ops take."""
+    module = experts_of(build("qwen3_moe", torch.bfloat16))
+    hidden, index, weights = call_of(module, tokens)
+    dense = resident.kernels(module, hidden, index, weights)
+    gaps = [torch.stack([one, one], dim=-1)[..., 0] for one in (hidden, index, weights)]
+    assert not any(one.is_contiguous() for one in gaps)
+    assert torch.equal(resident.kernels(module, *gaps), dense)
+    torch.testing.assert_close(resident.kernels(module, hidden, index, weights.half()), dense, rtol=0.02, atol=0.02)
 
 
 class OnCuda:

@@ -218,7 +218,7 @@ def test_settings_that_the_gate_has_no_words_for() -> None:
         (router_forms.Settings(33, "softmax"), 1024, False),
         (router_forms.Settings(8, "softmax"), 1025, False),
         (router_forms.Settings(8, "softmax"), 7, False),
-        (router_forms.Settings(8, "sigmoid", groups=8, top_groups=4), 256, True),
+        (router_forms.Settings(8, "sigmoid", groups=32, top_groups=4), 64, True),
         (router_forms.Settings(8, "sigmoid", groups=8, top_groups=4), 250, False),
         (router_forms.Settings(8, "sigmoid", groups=64, top_groups=4), 256, False),
         (router_forms.Settings(8, "sigmoid", groups=8, top_groups=1), 32, False),

@@ -1,10 +1,10 @@
 //! Experts on an NVIDIA GPU.
 //!
-//! A decode call of one layer is one launch of [`acquire`](CudaEngine::acquire) or of `gate_acquire`, and two of the expert
-//! products. The first looks the experts up in a table on the GPU and writes a record into a ring in pinned host memory. If all are
-//! resident nobody waits and nobody is asked. Else the kernel waits for a word of the answering thread, which has asked
-//! the scheduler what goes where, and copies the missing rows itself, straight from pinned memory, at 88 to 93 % of
-//! the copy engine's rate (benches/results/cuda_fetch.md).
+//! A decode call of one layer is one launch of [`acquire`](CudaEngine::acquire) or of `gate_acquire`, and two of the
+//! expert products. The first looks the experts up in a table on the GPU and writes a record into a ring in pinned host
+//! memory. If all are resident nobody waits and nobody is asked. Else the kernel waits for a word of the answering
+//! thread, which has asked the scheduler what goes where, and copies the missing rows itself, straight from pinned
+//! memory, at 88 to 93 % of the copy engine's rate (`benches/results/cuda_fetch.md`).
 //!
 //! ```text
 //!  torch's stream   acquire ───────────── waits ── copies rows ──> expert_up ──> expert_down

@@ -100,6 +100,16 @@ mod tests {
     }
 
     #[test]
+    fn two_groups_are_groups() {
+        let limited = GateArgs { groups: 2, top_groups: 1, ..args(64) };
+        assert_eq!(rule(Format::F32, &limited), 0, "logits rank, in groups");
+        let scored = |experts| GateArgs { groups: 2, scoring: SCORE_SIGMOID, flags: GROUP_TOP2, ..args(experts) };
+        assert_eq!(rule(Format::F32, &scored(64)), BY_SCORES);
+        assert_eq!(rule(Format::F32, &scored(160)), 0, "10 lanes");
+        assert_eq!(rule(Format::F32, &GateArgs { bias: 4096, flags: 0, ..scored(160) }), 0);
+    }
+
+    #[test]
     fn other_flags_stay() {
         let flags = ruled(Format::F32, &GateArgs { flags: 5, ..args(64) }).flags;
         assert_eq!(flags, 5 | BY_LOGITS);

@@ -40,6 +40,21 @@ fn a_few_tokens_have_a_warp_each() {
 }
 
 #[test]
+fn kernels_are_those_that_the_arguments_name() {
+    for (families, [any, logits, scores]) in [
+        (GATE, [Family::Gate, Family::GateLogits, Family::GateScores]),
+        (SMALL, [Family::RouteSmall, Family::RouteSmallLogits, Family::RouteSmallScores]),
+        (COUNT, [Family::RouteCount, Family::RouteCountLogits, Family::RouteCountScores]),
+    ] {
+        for (flags, family, width) in [(0, any, 0), (BY_LOGITS, logits, 2), (BY_SCORES, scores, 2)] {
+            let args = GateArgs { flags: flags | RENORMALIZE | IDS_I64, experts: 200, ..gate_args() };
+            let want = Kernel { width, ..Kernel::with(family, Format::Bf16) };
+            assert_eq!(by_rule(families, Format::Bf16, &args), want);
+        }
+    }
+}
+
+#[test]
 fn widths_hold_the_experts() {
     let widths = [1, 64, 65, 128, 129, 256, 257, 512].map(plan::width);
     assert_eq!(widths, [0, 0, 1, 1, 2, 2, 3, 3]);
@@ -82,7 +97,10 @@ fn every_launch_fits_a_block() {
         for (k, bins) in [(1, 1), (8, 60), (8, 256), (32, 33), (32, 1023), (32, 1024)] {
             for gpu in [H100, A100] {
                 let shapes = match plan::route(tokens, k, bins, gpu) {
-                    Route::Small(shape) => [shape; 3],
+                    Route::Small(shape) => {
+                        assert!(shape.threads <= 32 * ROUTE_SMALL_WARPS, "its kernels' bounds: {shape:?}");
+                        [shape; 3]
+                    }
                     Route::Tiles(tiles) => [tiles.count(bins), Tiles::scan(bins), tiles.place(k, bins, 4096)],
                 };
                 for shape in shapes {
@@ -92,6 +110,23 @@ fn every_launch_fits_a_block() {
                     assert!((1..1 << 31).contains(&shape.grid.0) && (1..65536).contains(&shape.grid.1), "{said}");
                 }
             }
+        }
+    }
+}
+
+/// The words that `cuda/route_tiles.cu` says above its kernels, and a lane for each bin of the scan.
+#[test]
+fn tiles_have_the_memory_that_their_kernels_divide() {
+    for (k, bins) in [(1, 1), (2, 33), (8, 63), (8, 256), (32, 1023)] {
+        for tile in [32, 64, 128] {
+            let tiles = Tiles { tile, tiles: 5 };
+            let words = tile / 32 * bins + 2 * bins.div_ceil(2) + bins + 32 + tile * k;
+            let place = tiles.place(k, bins, 0);
+            assert!((4 * words..4 * words + 16).contains(&place.shared), "{k} of {bins}, {tile}: {place:?}");
+            assert_eq!((place.grid, tiles.count(bins).grid), ((5, 1), (5, 1)));
+            assert_eq!(tiles.count(bins).shared, 4 * bins);
+            let lanes = 32 * Tiles::scan(bins).grid.0;
+            assert!((bins..bins + 32).contains(&lanes), "{bins}: {lanes}");
         }
     }
 }
@@ -210,6 +245,21 @@ fn combine_args() -> CombineArgs {
     }
 }
 
+/// 20 pairs in 4 bins, which blocks of 8 places hold however they are spread.
+fn align_args() -> AlignArgs {
+    AlignArgs {
+        ends: 0x1000,
+        inverse: 0x2000,
+        order: 0x3000,
+        owner: 0x4000,
+        places: 0x5000,
+        pairs: 20,
+        bins: 4,
+        block: 8,
+        capacity: 48,
+    }
+}
+
 /// The error says all of these words.
 #[track_caller]
 fn fails(result: Result<()>, words: &[&str]) {
@@ -243,6 +293,8 @@ fn gates_that_no_kernel_can_serve() {
     fails(with(|args| args.flags = 8), &["flags are 0x8"]);
     fails(with(|args| args.weights_format = 3), &["weights_format is 3"]);
     fails(with(|args| (args.flags, args.ids) = (IDS_I64, 0x3004)), &["ids", "8 bytes"]);
+    fails(with(|args| args.bias = 0x4002), &["bias", "4 bytes"]);
+    fails(with(|args| args.valid = 0x4002), &["valid", "4 bytes"]);
 }
 
 #[test]
@@ -262,7 +314,12 @@ fn routes_that_no_kernel_can_serve() {
     fails(with(|args| args.gate.ids = 0), &["route:", "ids is null"]);
     fails(with(|args| args.ends = 0), &["ends is null"]);
     fails(with(|args| (args.gate.tokens, args.ends) = (0, 0)), &["ends is null"]);
+    fails(with(|args| args.source = 0), &["source is null"]);
+    fails(with(|args| args.inverse = 0), &["inverse is null"]);
     fails(with(|args| args.inverse = 0x6002), &["inverse", "4 bytes"]);
+    let given = |args: &mut RouteArgs| (args.gate.logits, args.gate.experts, args.bin_of) = (0, 1025, 0x9000);
+    fails(with(given), &["experts is 1025"]);
+    fails(with(|args| args.scales = 0x9002), &["scales", "4 bytes"]);
     fails(with(|args| args.bins = 5), &["5 bins for 8 experts"]);
     fails(with(|args| (args.bin_of, args.bins) = (0x9000, 1025)), &["bins is 1025"]);
     fails(with(|args| args.row_bytes = 24), &["rows of 24 bytes"]);
@@ -297,7 +354,34 @@ fn rows_that_no_kernel_can_move() {
     combine(|args| (args.inverse, args.rows, args.row_count) = (0, 0, 0)).unwrap();
     fails(combine(|args| args.k = 33), &["combine:", "k is 33"]);
     fails(combine(|args| args.rows = 0), &["rows is null"]);
+    fails(combine(|args| args.out = 0), &["out is null"]);
     fails(combine(|args| args.residual = 0x9004), &["residual", "16 bytes"]);
     fails(combine(|args| (args.weights, args.weights_format) = (0x9002, 0)), &["weights", "4 bytes"]);
     fails(combine(|args| args.row_bytes = 0), &["rows of 0 bytes"]);
+}
+
+#[test]
+fn cuts_that_no_kernel_can_make() {
+    let with = |change: fn(&mut AlignArgs)| {
+        let mut args = align_args();
+        change(&mut args);
+        check::align(&args)
+    };
+    with(|_| ()).unwrap();
+    with(|args| args.capacity = 480).unwrap();
+    with(|args| (args.block, args.capacity) = (1, 20)).unwrap();
+    with(|args| (args.bins, args.block, args.capacity) = (1024, 1024, 20 * 1024)).unwrap();
+    with(|args| (args.pairs, args.capacity, args.inverse) = (0, 0, 0)).unwrap();
+    fails(with(|args| args.capacity = 40), &["align:", "capacity is 40", "too little"]);
+    fails(with(|args| args.capacity = 52), &["capacity is 52", "blocks of 8"]);
+    fails(with(|args| args.capacity = 1 << 31), &["capacity is 2147483648"]);
+    fails(with(|args| args.pairs = 1 << 31), &["pairs is 2147483648"]);
+    fails(with(|args| args.bins = 0), &["bins is 0"]);
+    fails(with(|args| args.bins = 1025), &["bins is 1025"]);
+    fails(with(|args| args.block = 0), &["block is 0"]);
+    fails(with(|args| args.block = 1025), &["block is 1025"]);
+    fails(with(|args| args.ends = 0), &["ends is null"]);
+    fails(with(|args| args.owner = 0), &["owner is null"]);
+    fails(with(|args| args.places += 2), &["places", "4 bytes"]);
+    fails(with(|args| args.inverse += 2), &["inverse", "4 bytes"]);
 }
