@@ -174,7 +174,9 @@ def test_matrices_anywhere_in_their_slots(product: str, offset: int, behind: int
 def test_a_nan_stays(act: int) -> None:
     """Also through relu, whose maximum with 0 would be 0."""
     memory = Memory()
-    x, w = memory.input(torch.full((1, 4), torch.nan)), memory.input(torch.ones(1, 4, 4))
+    gate_up = torch.ones(1, 4, 4)
+    gate_up[0, :2] = torch.nan  # of the gate alone
+    x, w = memory.input(torch.ones(1, 4)), memory.input(gate_up)
     out = memory.output((2,), torch.float32)
     args = ExpertArgs(
         arena=w, slot_bytes=64, bias_offset=NO_BIAS, x=x, slots=memory.input(torch.zeros(1, dtype=torch.int32)),

@@ -154,7 +154,7 @@ def test_the_most_that_fits() -> None:
     weights, ids = ops.gate(logits(1, 1024), 32, groups=32, top_groups=1)
     assert (weights.shape, ids.shape) == ((1, 32), (1, 32))
     assert ops.index(ints(1, 32), 1024)[0].shape == (1024,)
-    assert ops.index(ints(1, 1), 1, ints(1), 1024)[0].shape == (1024,)
+    assert ops.index(ints(1, 1), 1, bin_of=ints(1), bins=1024)[0].shape == (1024,)
     assert ops.permute(torch.zeros(1, 8), torch.arange(32, dtype=torch.int32)[None]).shape == (32, 8)
     assert ops.align(ints(1024), ints(1, 2), 1024)[0].shape == (2048,)
     pairs = torch.zeros(1, 8).expand(2**31 - 1, 8)  # as many as int32 counts, without their memory

@@ -116,8 +116,13 @@ def test_every_call_has_the_arguments_of_the_core(core: Calls) -> None:
 
 
 def test_the_workspace_is_asked_for_by_tokens_and_bins(core: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-    monkeypatch.setattr(launch._core, "routing_workspace", lambda *sizes: asked.append(sizes) or 48, raising=False)
+    asked: list[tuple[int, ...]] = []
+
+    def routing_workspace(*sizes: int) -> int:
+        asked.append(sizes)
+        return 48
+
+    monkeypatch.setattr(launch._core, "routing_workspace", routing_workspace, raising=False)
     launch.route(torch.zeros(3, 8), Gating(2, bin_of=torch.arange(8, dtype=torch.int32), bins=11))
     launch.index(torch.zeros(5, 2, dtype=torch.int32), 7)
     assert asked == [(3, 11), (5, 7)]

@@ -134,6 +134,14 @@ def test_calls_with_gaps(tokens: int) -> None:
     torch.testing.assert_close(resident.kernels(module, hidden, index, weights.half()), dense, rtol=0.02, atol=0.02)
 
 
+def test_widths_of_grouped_products() -> None:
+    """Each on its own: where matrices are transposed, half of `up`'s width is a width of `down`'s."""
+    for odd in (None, 0, 1, 2, 3):
+        a, b, c, d = (24 if place != odd else 12 for place in range(4))
+        up, down = torch.empty(4, a, b, dtype=torch.bfloat16), torch.empty(4, c, d, dtype=torch.bfloat16)
+        assert resident.can_group(torch.nn.Module(), up, down) is (odd is None)
+
+
 class OnCuda:
     """Says of itself that it is on a GPU."""
 
