@@ -29,8 +29,6 @@ ACQUIRES: list[Defines] = [
     defines(ACQUIRE_THREADS=1024),
     defines(ACQUIRE_THREADS=1024, FETCH_IN_FLIGHT=4),
     defines(FETCH_WIDE=1),
-    defines(FETCH_BULK=1, BULK_BYTES=4096, BULK_STAGES=8),
-    defines(FETCH_BULK=1, BULK_BYTES=8192, BULK_STAGES=4),
 ]
 BLOCKS = (2, 3, 4, 6, 8, 16)
 PAUSES = (0, 100, 400)

@@ -2,9 +2,12 @@
 
 use std::borrow::Cow;
 
-use moecore::Result;
+use moecore::{Error, ErrorKind, Result};
 
 use crate::nvrtc;
+
+/// The oldest compute capability that the kernels are written for.
+const OLDEST: (u32, u32) = (8, 0);
 
 /// Bytes at an address that the driver likes.
 #[repr(C, align(64))]
@@ -20,5 +23,23 @@ pub fn embedded() -> Option<&'static [u8]> {
 
 /// The image that a GPU of this compute capability loads.
 pub(crate) fn for_capability(capability: (u32, u32)) -> Result<Cow<'static, [u8]>> {
+    if capability < OLDEST {
+        let ((major, minor), (least, _)) = (capability, OLDEST);
+        let message =
+            format!("moecore's kernels need a GPU of compute capability {least}.0 or newer, not {major}.{minor}");
+        return Err(Error::new(ErrorKind::Device, message));
+    }
     embedded().map_or_else(|| nvrtc::image(capability).map(Cow::Owned), |image| Ok(Cow::Borrowed(image)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn older_gpus_are_refused_by_name() {
+        let error = for_capability((7, 5)).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Device);
+        assert!(error.to_string().contains("8.0 or newer, not 7.5"), "{error}");
+    }
 }
